@@ -1,0 +1,218 @@
+"""The `mmft` command: reads arguments, calls one function, turns what the user can mend into one line.
+
+Commands import what they need when they run, so that `mmft --help` answers at once, without torch.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mmft import __version__
+from mmft.types import UserError
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+UsageError: type[Exception] = typer.BadParameter.__base__  # type: ignore[assignment]  # typer exports only its child
+
+app = typer.Typer(
+    name="mmft",
+    help="Fine-tune pretrained vision-language models with reinforcement learning from learned rewards.",
+    epilog="Example: mmft train recipes/caption_ppo.yaml train.steps=20",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+data_app = typer.Typer(help="Look at data.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+RecipeArgument = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A recipe file, or a name that `mmft recipes` lists.")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Recipe keys to change: train.lr=1e-4.")
+]
+Target = Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run folder, a local model folder or a hub id.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"mmft {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show it.")
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show tracebacks and library warnings; goes anywhere.")
+    ] = False,
+) -> None:
+    pass  # --debug is taken out by `main`, which accepts it at any place; it is declared here to be listed in --help.
+
+
+@app.command(epilog="Example: mmft train recipes/caption_ppo.yaml train.steps=20 train.seed=1")
+def train(recipe: RecipeArgument, overrides: Overrides = None) -> None:
+    """Train as a recipe says; writes a run folder."""
+    from mmft.config import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])  # before the heavy imports: a typo is answered at once
+    from mmft import run
+
+    run.train(loaded)
+
+
+@app.command("eval", epilog="Example: mmft eval runs/caption_ppo eval.samples=512")
+def evaluate(
+    target: Target,
+    overrides: Overrides = None,
+    data: Annotated[
+        str | None, typer.Option(help="Pictures: `scenes`, or a folder with metadata.jsonl. Default: the run's own.")
+    ] = None,
+) -> None:
+    """Measure captions on held-out pictures, with 95% intervals."""
+    from mmft import run
+
+    run.evaluate(target, data, overrides or [])
+
+
+@app.command(epilog="Example: mmft generate runs/caption_ppo cat.jpg dog.png --prompt 'Describe the picture.'")
+def generate(
+    target: Target,
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Picture files.")],
+    prompt: Annotated[str | None, typer.Option(help="What to ask. Default: the run's prompt.")] = None,
+) -> None:
+    """Caption pictures, one line each."""
+    for image in images:
+        if not image.is_file():
+            raise UserError(f"{image}: no such picture")
+    from mmft import run
+
+    for image, caption in zip(images, run.generate(target, images, prompt), strict=True):
+        typer.echo(f"{image}: {caption}")
+
+
+@app.command(epilog="Example: mmft report runs/caption_ppo --open")
+def report(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    show: Annotated[bool, typer.Option("--open", help="Show it in a browser.")] = False,
+) -> None:
+    """Write a run's report: one self-contained HTML page."""
+    if not run_dir.is_dir():
+        raise UserError(f"{run_dir}: no such run folder")
+    from mmft.report.html import write_report
+
+    page = write_report(run_dir)
+    typer.echo(page)
+    if show:
+        typer.launch(page.resolve().as_uri())
+
+
+@app.command(epilog="Example: mmft recipes")
+def recipes() -> None:
+    """List the recipes at hand, each with its first line."""
+    from mmft.config import find_recipes
+
+    found = find_recipes()
+    if not found:
+        raise UserError("no recipes here: run from a clone of mmft, or give the path of a recipe file")
+    width = max(len(str(path)) for path in found.values())
+    for path in found.values():
+        first_line = path.read_text(encoding="utf-8").partition("\n")[0]
+        typer.echo(
+            f"{path!s:<{width}}  {first_line.removeprefix('#').strip() if first_line[:1] == '#' else ''}".rstrip()
+        )
+
+
+@app.command(epilog="Example: mmft validate recipes/caption_ppo.yaml train.batch=128 --show")
+def validate(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    show: Annotated[bool, typer.Option("--show", help="Print every key with its resolved value.")] = False,
+) -> None:
+    """Check a recipe without loading a model."""
+    from mmft.config import dump_recipe, load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    if show:
+        typer.echo(dump_recipe(loaded), nl=False)
+        return
+    terms = ", ".join(term.label for term in loaded.reward.terms)
+    typer.echo(
+        f"{recipe}: valid. {loaded.algorithm.type} on {loaded.data.type}, {loaded.train.steps} steps of "
+        f"{loaded.train.batch} captions, reward: {terms}"
+    )
+
+
+@data_app.command(epilog="Example: mmft data preview --rows 12 --seed 3 --out contact_sheet.png")
+def preview(
+    recipe: Annotated[
+        str | None, typer.Argument(metavar="RECIPE", help="Whose data to show. Default: the bundled scenes.")
+    ] = None,
+    overrides: Overrides = None,
+    out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("contact_sheet.png"),
+    rows: Annotated[int, typer.Option(min=1, max=400, help="Pictures on the sheet.")] = 12,
+    seed: Annotated[int | None, typer.Option(min=0, help="The data's seed. Default: the recipe's.")] = None,
+) -> None:
+    """Write a contact sheet: pictures with their references, questions and answers."""
+    from mmft.config import ScenesConfig, load_recipe
+
+    data = load_recipe(recipe, overrides or []).data if recipe else ScenesConfig()
+    if seed is not None:
+        data = data.model_copy(update={"seed": seed})
+    from mmft import run
+
+    typer.echo(run.preview(data, rows, out))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status: 0, 2 for what the user can mend, 130 when interrupted.
+
+    Anything else that goes wrong is a bug of ours and keeps its traceback.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    if not debug:
+        _quiet_libraries()
+    try:
+        arguments = [argument for argument in arguments if argument != "--debug"]
+        status = app(args=arguments, prog_name="mmft", standalone_mode=False)
+        status = status if isinstance(status, int) else 0
+    except (UserError, UsageError) as error:
+        if debug:
+            raise
+        message = error.format_message() if hasattr(error, "format_message") else str(error)
+        return _fail(message) if message else EXIT_USER_ERROR  # no message: the help was shown
+    except (typer.Abort, KeyboardInterrupt):
+        status = EXIT_INTERRUPTED  # some releases of typer raise, others return the status
+    if status == EXIT_INTERRUPTED:
+        typer.echo("interrupted", err=True)
+    return status
+
+
+def _fail(message: str) -> int:
+    typer.echo(f"error: {' '.join(message.split())}", err=True)
+    return EXIT_USER_ERROR
+
+
+def _quiet_libraries() -> None:
+    """Keep the libraries' advice to their own developers off the user's screen; what the user has set stays."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DATASETS_VERBOSITY", "error")
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.warnoptions:
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        warnings.filterwarnings("ignore", module=r"(transformers|trl|peft|accelerate|datasets|huggingface_hub|torch)\b")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,369 @@
+"""The recipe schema: frozen, typed, bounded, closed to unknown keys.
+
+One model a block of the YAML, unions on `type` where a block has several kinds. A kind appears here when it runs, not
+before: an unknown `type` is answered with the kinds that exist. Numbers that follow from others are computed where
+they are used and never stored here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+BUILTIN_PREFIX = "builtin:"
+BUILTIN_MODELS = ("tiny-vlm",)
+ASSETS = Path(__file__).resolve().parent.parent / "assets"
+
+
+def conflict(key: str, text: str) -> PydanticCustomError:
+    """A rule of ours that is broken, reported at `key` relative to where it is checked ("": right there)."""
+    return PydanticCustomError("conflict", "{text}", {"text": text, "key": key})
+
+
+def _yaml_switch(value: Any) -> Any:
+    """YAML 1.1 reads a bare `on` or `off` as a boolean; give the words back."""
+    return ("on" if value else "off") if isinstance(value, bool) else value
+
+
+class Block(BaseModel):
+    """Base of every block: immutable, no unknown keys, no NaN or infinity."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
+
+
+class LoraConfig(Block):
+    """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685)."""
+
+    r: int = Field(16, ge=1, le=1024, description="Rank of the adapters.")
+    alpha: float = Field(32.0, gt=0, description="Scale: an adapter adds alpha / r * B A.")
+    target_modules: Literal["language", "all-linear"] | tuple[str, ...] = Field(
+        "language",
+        description="`language`: every linear layer of the language model; `all-linear`: the vision tower's too; "
+        "or a list of module names.",
+    )
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapters' input.")
+
+
+class ModelConfig(Block):
+    """The pretrained policy."""
+
+    path: str = Field(
+        f"{BUILTIN_PREFIX}tiny-vlm",
+        min_length=1,
+        description="`builtin:NAME`, a local folder, or a hub id that AutoModelForImageTextToText loads.",
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Type of the frozen weights; `auto` keeps the checkpoint's."
+    )
+    trust_remote_code: bool = Field(False, description="Run Python code that comes with the checkpoint.")
+    quantization: Literal["4bit", "8bit"] | None = Field(None, description="Quantise the frozen weights (needs LoRA).")
+    lora: LoraConfig | None = Field(LoraConfig(), description="Adapters; null fine-tunes every weight.")
+    encode_once: Annotated[Literal["auto", "on", "off"], BeforeValidator(_yaml_switch)] = Field(
+        "auto",
+        description="Encode each distinct picture once and reuse its features; `auto`: when the tower is frozen.",
+    )
+
+    @field_validator("path")
+    @classmethod
+    def _known_builtin(cls, path: str) -> str:
+        if path.startswith(BUILTIN_PREFIX) and path.removeprefix(BUILTIN_PREFIX) not in BUILTIN_MODELS:
+            names = ", ".join(BUILTIN_PREFIX + name for name in BUILTIN_MODELS)
+            raise conflict("", f"no bundled model {path!r}; there is {names}")
+        return path
+
+    @model_validator(mode="after")
+    def _possible(self) -> ModelConfig:
+        if self.quantization and self.lora is None:
+            raise conflict("quantization", "quantised weights cannot be trained; set model.lora")
+        trains_tower = self.lora is None or self.lora.target_modules == "all-linear"
+        if self.encode_once == "on" and trains_tower:
+            raise conflict("encode_once", "cannot be on while the vision tower trains; use off or auto")
+        return self
+
+    def resolved_path(self) -> str:
+        """What `from_pretrained` is given: a bundled model's folder, or the path or hub id as written."""
+        if self.path.startswith(BUILTIN_PREFIX):
+            return str(ASSETS / self.path.removeprefix(BUILTIN_PREFIX))
+        return self.path
+
+
+class ScenesConfig(Block):
+    """EmojiScenes: pictures composed on the fly, with several references and an exact scene graph for evaluation."""
+
+    type: Literal["scenes"] = Field("scenes", description="The bundled synthetic pictures.")
+    seed: int = Field(0, ge=0, description="Which infinite sequence of scenes.")
+    samples: int = Field(20_000, ge=1, description="Training scenes in one pass.")
+    prompt: str = Field("Describe the picture.", min_length=1, description="What the policy is asked.")
+
+
+class ColumnsConfig(Block):
+    """Names of the fields in each line of metadata.jsonl."""
+
+    image: str = Field("file_name", min_length=1, description="Picture file, relative to the folder.")
+    references: str | None = Field(
+        None, min_length=1, description="Caption or list of captions; null tries caption, captions, references."
+    )
+    question: str = Field("question", min_length=1, description="Question about the picture, used as its prompt.")
+    answer: str = Field("answer", min_length=1, description="Answer to the question.")
+
+
+class ImageFolderConfig(Block):
+    """A folder of pictures with a metadata.jsonl of captions, as `datasets` lays it out."""
+
+    type: Literal["imagefolder"] = Field("imagefolder", description="Your own pictures.")
+    path: str = Field(min_length=1, description="The folder.")
+    prompt: str = Field("Describe the picture.", min_length=1, description="What the policy is asked.")
+    columns: ColumnsConfig = Field(ColumnsConfig(), description="Field names in metadata.jsonl.")
+    eval_fraction: float = Field(0.1, ge=0, lt=1, description="Share of pictures held out for evaluation.")
+    seed: int = Field(0, ge=0, description="Which pictures are held out.")
+    on_bad_row: Literal["skip", "raise"] = Field("skip", description="Skip and list unreadable rows, or stop.")
+
+
+DataConfig = Annotated[ScenesConfig | ImageFolderConfig, Field(discriminator="type")]
+
+
+class TermBase(Block):
+    """What every reward term has."""
+
+    name: str | None = Field(None, pattern=r"^\w+$", description="Name in logs; null uses the type.")
+    weight: float = Field(1.0, ge=0, description="Factor in the sum; costs are subtracted by their own sign.")
+    normalize: Literal["none", "minmax", "zscore"] = Field(
+        "none", description="Put the term on a common scale by running statistics before weighting."
+    )
+
+    @property
+    def label(self) -> str:
+        """The name under which the term is logged."""
+        return self.name or self.type  # type: ignore[attr-defined]
+
+
+class BleuTerm(TermBase):
+    """Sentence BLEU against all references, from 0 to 1 (sacrebleu)."""
+
+    type: Literal["bleu"] = Field("bleu", description="Overlap of word n-grams with the references.")
+    max_order: int = Field(4, ge=1, le=8, description="Longest n-gram.")
+    smoothing: Literal["exp", "floor", "add-k", "none"] = Field(
+        "exp", description="What replaces an n-gram order without matches (Chen and Cherry 2014)."
+    )
+    smooth_value: float | None = Field(None, ge=0, description="k of add-k or the floor; null: sacrebleu's default.")
+
+
+class DetailTerm(TermBase):
+    """Specific content shared with the references, weighted by how informative it is."""
+
+    type: Literal["detail"] = Field("detail", description="Informative words and bindings, not a word count.")
+    beta: float = Field(1.0, gt=0, le=10, description="F-beta: above 1 favours recall, below 1 precision.")
+    idf_power: float = Field(1.0, ge=0, le=4, description="Exponent on inverse document frequency; 0 counts alike.")
+    binding_weight: float = Field(1.0, ge=0, description="Worth of a pair (red, apple) or a relation beside a word.")
+    consensus: float = Field(0.5, ge=0, le=1, description="1: what more references say counts more; 0: counts alike.")
+    hallucination_penalty: float = Field(0.0, ge=0, description="What a wholly unsupported caption loses.")
+
+
+class LengthTerm(TermBase):
+    """A cost for each word outside a target band."""
+
+    type: Literal["length"] = Field("length", description="Words too few or too many (a cost).")
+    target: tuple[int, int] = Field((4, 20), description="[low, high]: lengths in words that cost nothing.")
+
+    @field_validator("target")
+    @classmethod
+    def _ordered(cls, target: tuple[int, int]) -> tuple[int, int]:
+        low, high = target
+        if not 0 <= low < high:
+            raise conflict("", f"must be [low, high] with 0 <= low < high, got [{low}, {high}]")
+        return target
+
+
+class RepetitionTerm(TermBase):
+    """A cost for saying the same thing again."""
+
+    type: Literal["repetition"] = Field("repetition", description="Share of repeated content (a cost).")
+    ngram: int = Field(2, ge=1, le=8, description="A run of this many content words said before is a repeat.")
+
+
+class BadEndingTerm(TermBase):
+    """A cost for captions that stop in the middle."""
+
+    type: Literal["bad_ending"] = Field("bad_ending", description="Cut off, or ends on a function word (a cost).")
+
+
+class PythonTerm(TermBase):
+    """Any function `f(captions, rows) -> list of float`."""
+
+    type: Literal["python"] = Field("python", description="Your own function.")
+    function: str = Field(
+        pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$", description="`module:function`, importable where mmft runs."
+    )
+    sign: Literal[1, -1] = Field(1, description="1: a reward; -1: a cost.")
+
+
+RewardTerm = Annotated[
+    BleuTerm | DetailTerm | LengthTerm | RepetitionTerm | BadEndingTerm | PythonTerm, Field(discriminator="type")
+]
+
+
+class RewardConfig(Block):
+    """A weighted sum of terms (equations E28 and E34)."""
+
+    terms: tuple[RewardTerm, ...] = Field(min_length=1, description="The terms, each logged raw, normalised, weighted.")
+
+    @model_validator(mode="after")
+    def _usable(self) -> RewardConfig:
+        labels = [term.label for term in self.terms]
+        for index, label in enumerate(labels):
+            if label in labels[:index]:
+                raise conflict(f"terms.{index}.name", f"a term named {label!r} is already there; give it another name")
+        if not any(term.weight for term in self.terms):
+            raise conflict("terms", "every weight is 0, so there is nothing to learn")
+        return self
+
+
+class PPOAlgorithm(Block):
+    """Proximal policy optimisation with a trained critic (Schulman et al. 2017, arXiv:1707.06347)."""
+
+    type: Literal["ppo"] = Field("ppo", description="The algorithm.")
+    gamma: float = Field(1.0, ge=0, le=1, description="Discount per token.")
+    lam: float = Field(0.95, ge=0, le=1, description="Lambda of generalised advantage estimation.")
+    clip_range: float = Field(0.2, gt=0, lt=1, description="How far the probability ratio may move.")
+    value_clip_range: float = Field(0.2, gt=0, description="How far a value may move in one update.")
+    value_coef: float = Field(0.1, ge=0, description="Weight of the value loss.")
+    entropy_coef: float = Field(0.0, ge=0, description="Weight of the entropy bonus.")
+    whiten_rewards: bool = Field(False, description="Scale the rewards of a batch to unit variance.")
+    whiten_advantages: bool = Field(True, description="Scale the advantages of a batch to mean 0, variance 1.")
+    missing_eos_penalty: float | None = Field(
+        None, ge=0, description="Subtracted from the reward of a caption that does not end by itself."
+    )
+    target_kl: float | None = Field(None, gt=0, description="Stop an update early when its approximate KL passes this.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Clip the gradient to this norm.")
+
+
+class AnchorConfig(Block):
+    """L2 distance to the pretrained weights (equation E22), exact for LoRA."""
+
+    l2: float = Field(1e-3, ge=0, description="Weight of the squared distance in the loss; 0 turns it off.")
+
+
+class KLConfig(Block):
+    """Penalty for leaving the pretrained policy, inside the reward."""
+
+    coef: float = Field(0.05, ge=0, description="Weight; the first one when `target` is set.")
+    estimator: Literal["k1", "k3"] = Field("k1", description="Schulman's estimators: k1 unbiased, k3 low variance.")
+    target: float | None = Field(
+        None, gt=0, description="KL per caption to steer to by adapting the weight; null: fixed."
+    )
+    horizon: int = Field(10_000, ge=1, description="Captions over which the weight adapts.")
+
+
+class GenerationConfig(Block):
+    """How captions are sampled in training."""
+
+    max_new_tokens: int = Field(32, ge=1, description="Longest caption, in tokens.")
+    min_new_tokens: int = Field(0, ge=0, description="Tokens before a caption may end.")
+    temperature: float = Field(1.0, gt=0, description="Sampling temperature; log-probabilities use the same.")
+    top_k: int = Field(0, ge=0, description="Sample among the k likeliest tokens; 0: all.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Sample among the likeliest tokens of this total probability.")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> GenerationConfig:
+        if self.min_new_tokens > self.max_new_tokens:
+            raise conflict("min_new_tokens", f"{self.min_new_tokens} is more than max_new_tokens {self.max_new_tokens}")
+        return self
+
+
+class TrainConfig(Block):
+    """How long, how much at once, how fast."""
+
+    steps: int = Field(100, ge=1, description="Rollouts, each followed by one update.")
+    batch: int = Field(64, ge=1, description="Captions a step, over all processes.")
+    samples_per_prompt: int = Field(1, ge=1, description="Captions of each picture in a batch.")
+    minibatches: int = Field(1, ge=1, description="Optimizer steps an epoch.")
+    micro_batch: int | None = Field(None, ge=1, description="Captions a forward pass; null: a whole minibatch.")
+    epochs: int = Field(4, ge=1, description="Passes over each batch.")
+    lr: float = Field(1e-4, gt=0, lt=1, description="Learning rate of the policy.")
+    value_lr: float | None = Field(None, gt=0, lt=1, description="Learning rate of the value head; null: the same.")
+    schedule: Literal["constant", "linear", "cosine"] = Field("cosine", description="Learning rate over time.")
+    warmup: int = Field(0, ge=0, description="Steps in which the learning rate rises from 0.")
+    seed: int = Field(0, ge=0, description="Seed of sampling, shuffling and initial weights.")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="Arithmetic; `auto`: bf16 on a GPU that has it."
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to run.")
+    save_every: int = Field(0, ge=0, description="Steps between checkpoints; 0: only the end.")
+    keep: int = Field(2, ge=1, description="Newest checkpoints kept.")
+
+    @model_validator(mode="after")
+    def _divides(self) -> TrainConfig:
+        for key in ("samples_per_prompt", "minibatches"):
+            if self.batch % getattr(self, key):
+                raise conflict(key, f"{getattr(self, key)} does not divide train.batch {self.batch}")
+        minibatch = self.batch // self.minibatches
+        if self.micro_batch and minibatch % self.micro_batch:
+            raise conflict(
+                "micro_batch", f"{self.micro_batch} does not divide a minibatch of {minibatch} (batch / minibatches)"
+            )
+        return self
+
+
+class EvalConfig(Block):
+    """Evaluation on pictures the policy never trained on, with greedy captions."""
+
+    samples: int = Field(256, ge=1, description="Pictures.")
+    every: int = Field(0, ge=0, description="Steps between evaluations; 0: only before and after.")
+    split: Literal["heldout", "train"] = Field("heldout", description="Which pictures.")
+    batch: int = Field(64, ge=1, description="Pictures at a time.")
+
+
+class LoggingConfig(Block):
+    """Where results go."""
+
+    dir: str = Field("runs", min_length=1, description="Folder of run folders.")
+    name: str | None = Field(
+        None, pattern=r"^\w[\w.-]*$", description="Run folder, letters, digits, - . _; null uses the recipe's name."
+    )
+    report_to: tuple[str, ...] = Field((), description="Trackers that transformers knows: tensorboard, wandb, trackio.")
+    samples_every: int = Field(10, ge=0, description="Steps between batches written to samples.jsonl; 0: none.")
+
+
+class HubConfig(Block):
+    """Where the adapter is published."""
+
+    repo: str | None = Field(None, pattern=r"^[\w.-]+/[\w.-]+$", description="USER/NAME; null keeps it local.")
+    private: bool = Field(True, description="Make a private repository.")
+
+
+class Recipe(Block):
+    """One runnable job."""
+
+    name: str = Field("run", pattern=r"^\w[\w.-]*$", description="Letters, digits, - . _; by default the file's name.")
+    model: ModelConfig = Field(ModelConfig(), description="The pretrained policy and its adapters.")
+    data: DataConfig = Field(description="Pictures and references.")
+    reward: RewardConfig = Field(description="What a good caption is.")
+    algorithm: PPOAlgorithm = Field(PPOAlgorithm(), description="How the policy learns.")
+    anchor: AnchorConfig = Field(AnchorConfig(), description="Pull to the pretrained weights.")
+    adapter_penalty: float = Field(0.0, ge=0, description="Weight of the adapters' own squared norm (equation E25).")
+    kl: KLConfig = Field(KLConfig(), description="Pull to the pretrained policy.")
+    generation: GenerationConfig = Field(GenerationConfig(), description="Sampling in training.")
+    train: TrainConfig = Field(TrainConfig(), description="Steps, batch, learning rate.")
+    eval: EvalConfig = Field(EvalConfig(), description="Before and after.")
+    logging: LoggingConfig = Field(LoggingConfig(), description="Run folder and trackers.")
+    hub: HubConfig = Field(HubConfig(), description="Publishing.")
+
+    @model_validator(mode="after")
+    def _possible(self) -> Recipe:
+        if self.adapter_penalty and self.model.lora is None:
+            raise conflict("adapter_penalty", "there is no adapter to penalise; set model.lora or use anchor.l2")
+        return self
+
+    @model_validator(mode="after")
+    def _can_evaluate(self) -> Recipe:
+        if self.eval.split == "heldout" and isinstance(self.data, ImageFolderConfig) and not self.data.eval_fraction:
+            raise conflict("data.eval_fraction", "0 leaves no held-out pictures; raise it or set eval.split to train")
+        return self
+
+    @property
+    def run_name(self) -> str:
+        """The run folder's name."""
+        return self.logging.name or self.name

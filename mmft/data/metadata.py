@@ -1,0 +1,122 @@
+"""Reading a `metadata.jsonl`: one JSON object a line, each column checked, each fault named by key."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from mmft.types import UserError
+
+# Looked up in this order where the recipe names no column.
+DEFAULT_COLUMNS: dict[str, tuple[str, ...]] = {
+    "image": ("file_name",),
+    "references": ("caption", "captions", "references"),
+    "question": ("question",),
+    "answer": ("answer",),
+}
+
+
+class BadRow(ValueError):
+    """Why one row cannot be used; its text is the reason alone."""
+
+
+def resolve_columns(columns: Mapping[str, str | None] | None) -> dict[str, tuple[str, ...]]:
+    resolved = dict(DEFAULT_COLUMNS)
+    for key, column in (columns or {}).items():
+        if key not in resolved:
+            near = difflib.get_close_matches(key, resolved, n=1, cutoff=0.0)[0]
+            raise UserError(f"columns.{key}: unknown column; did you mean {near}?")
+        if column is not None:
+            resolved[key] = (column,)
+    return resolved
+
+
+def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Numbered lines that are not blank. Bytes: one line that is not UTF-8 must not cost the rest of the file."""
+    try:
+        with open(path, "rb") as file:
+            for number, raw in enumerate(file, start=1):
+                line = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
+                if line.strip():
+                    yield number, line
+    except OSError as error:
+        raise UserError(f"{path}: cannot read ({error.strerror})") from error
+
+
+def parse_line(raw: bytes) -> dict[str, Any]:
+    try:
+        record = json.loads(raw.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise BadRow(f"not UTF-8 text (byte {error.start + 1})") from error
+    except json.JSONDecodeError as error:
+        raise BadRow(f"not JSON: {error.msg} (column {error.colno})") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets thousands deep
+        raise BadRow("not JSON: too large a number or nested too deeply") from error
+    if not isinstance(record, dict):
+        raise BadRow(f"expected a JSON object, found {_kind(record)}")
+    return record
+
+
+def _find(record: dict[str, Any], names: tuple[str, ...]) -> tuple[str, Any]:
+    """The first of the columns that the row has, and its value. A column that a recipe names must be there."""
+    for name in names:
+        if name in record:
+            return name, record[name]
+    if names not in DEFAULT_COLUMNS.values():
+        near = difflib.get_close_matches(names[0], record, n=1)
+        raise BadRow(f"{names[0]}: no such column" + (f"; did you mean {near[0]}?" if near else ""))
+    return names[0], None
+
+
+def file_name_of(record: dict[str, Any], names: tuple[str, ...]) -> str:
+    key, value = _find(record, names)
+    if value is None:
+        near = difflib.get_close_matches(key, record, n=1)
+        raise BadRow(f"{key}: missing" + (f"; did you mean {near[0]}?" if near else ""))
+    if not isinstance(value, str) or not value.strip() or "\0" in value:
+        raise BadRow(f"{key}: expected a file name, found {_kind(value)}")
+    name = os.path.normpath(value.replace("\\", "/")).replace(os.sep, "/")
+    if name.startswith(("/", "../")) or name == ".." or Path(name).is_absolute():
+        raise BadRow(f"{key}: {value!r} is outside the folder")
+    return name
+
+
+def texts_of(record: dict[str, Any], names: tuple[str, ...]) -> tuple[str, ...]:
+    key, value = _find(record, names)
+    if value is None:
+        return ()
+    items = [value] if isinstance(value, str) else value
+    if not isinstance(items, list):
+        raise BadRow(f"{key}: expected text or a list of texts, found {_kind(value)}")
+    for item in items:
+        if not isinstance(item, str):
+            raise BadRow(f"{key}: expected text or a list of texts, found {_kind(item)} in it")
+        if not item.strip():
+            raise BadRow(f"{key}: empty text")
+        _check_unicode(key, item)
+    return tuple(item.strip() for item in items)
+
+
+def text_of(record: dict[str, Any], names: tuple[str, ...]) -> str | None:
+    key, value = _find(record, names)
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        raise BadRow(f"{key}: expected text, found {_kind(value)}")
+    _check_unicode(key, value)
+    return value
+
+
+def _check_unicode(key: str, text: str) -> None:
+    """JSON can spell half a surrogate pair, which no tokenizer or file would take later."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise BadRow(f"{key}: text with half a surrogate pair")
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "empty text", bool: "a boolean", type(None): "null"}
+    return names.get(type(value), "a number")

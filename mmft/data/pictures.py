@@ -1,0 +1,74 @@
+"""Pictures from disk as a model should see them: upright, 8 bits a channel, RGB, on white."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageCms, ImageOps
+
+# What Pillow raises for files that are broken, cut short, of an unknown kind, or absurdly large.
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+
+_SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
+
+
+def load_picture(path: str | Path) -> Image.Image:
+    """Decodes one file to an upright RGB picture. Raises one of `UNREADABLE` where that cannot be done."""
+    with Image.open(path) as image:
+        image.load()
+        return to_rgb(ImageOps.exif_transpose(image))
+
+
+def verify_picture(path: str | Path) -> None:
+    """Checks a file's header, and its checksums where the format has them, without decoding it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # said once, when it is decoded
+        with Image.open(path) as image:
+            image.verify()
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """RGB, whatever the mode: `Image.convert` alone clips 16 bits, and shows what lies under transparent pixels."""
+    if image.mode == "RGB" and not image.has_transparency_data:
+        return image.copy()
+    if image.mode in _SIXTEEN_BIT or image.mode in ("I", "F"):
+        return Image.fromarray(_to_eight_bits(image)).convert("RGB")
+    if image.has_transparency_data:
+        # Pillow has no way from La (colour already multiplied by alpha) to RGBA but through LA.
+        layer = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+        white = Image.new("RGBA", layer.size, "white")
+        return Image.alpha_composite(white, layer).convert("RGB")
+    if image.mode == "CMYK":
+        return _cmyk_to_rgb(image)
+    return image.convert("RGB")
+
+
+def _to_eight_bits(image: Image.Image) -> np.ndarray:
+    """Grey levels 0..255. 16-bit files are scaled by their full range, so that two pictures stay comparable;
+    32-bit integers and floats have no agreed white, so those outside the usual ranges are scaled by their own."""
+    grey = np.nan_to_num(np.asarray(image, dtype=np.float64), nan=0.0, posinf=0.0, neginf=0.0)
+    low, high = float(grey.min()), float(grey.max())
+    if image.mode in _SIXTEEN_BIT or (image.mode == "I" and image.format == "PNG"):
+        grey = grey / 257.0  # 65535 / 255
+    elif image.mode == "F" and low >= 0.0 and high <= 1.0:
+        grey = grey * 255.0
+    elif not (low >= 0.0 and high <= 255.0):
+        grey = (grey - low) * (255.0 / (high - low)) if high > low else np.zeros_like(grey)
+    return np.clip(np.rint(grey), 0, 255).astype(np.uint8)
+
+
+def _cmyk_to_rgb(image: Image.Image) -> Image.Image:
+    """Through the picture's own ink profile where it has a usable one: the plain formula gives garish colours."""
+    profile = image.info.get("icc_profile")
+    if profile:
+        try:
+            inks, screen = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
+            converted = ImageCms.profileToProfile(image, inks, screen, outputMode="RGB")
+        except (ImageCms.PyCMSError, OSError):
+            converted = None
+        if converted is not None:
+            return converted
+    return image.convert("RGB")

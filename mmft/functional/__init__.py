@@ -1,0 +1,1 @@
+"""Pure torch functions, one equation family a file. Each docstring: equation id, symbols, shapes, source."""

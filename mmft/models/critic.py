@@ -1,0 +1,41 @@
+"""Critics: V(s_t) from the policy's own hidden states, or from a second model as TRL has it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class ValueHead(nn.Module):
+    """A linear value head on the input of the policy's output embedding: one trunk, no second model.
+
+    Starts at V = 0 everywhere, so that at first neither the advantages nor the trunk's gradient depend on noise. Computes in
+    float32 whatever the trunk's type.
+    """
+
+    base_model_prefix = "trunk"  # TRL looks a critic's backbone up by this name; ours is the policy's
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.trunk = nn.Identity()
+        self.score = nn.Linear(hidden_size, 1)
+        nn.init.zeros_(self.score.weight)
+        nn.init.zeros_(self.score.bias)
+
+    def forward(self, states_BTD: Tensor) -> Tensor:
+        """states_BTD -> value_BT."""
+        return self.score(states_BTD.to(self.score.weight.dtype)).squeeze(-1)
+
+
+def backbone_values(value_model: nn.Module, input_ids: Tensor, attention_mask: Tensor, index_BT: Tensor) -> Tensor:
+    """value_BT of a critic with a backbone of its own (TRL's `value_model`: `score` and a `base_model_prefix`). Text only."""
+    backbone = getattr(value_model, value_model.base_model_prefix)
+    output = backbone(
+        input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True, return_dict=True, use_cache=False
+    )
+    return value_model.score(gather_states(output.hidden_states[-1], index_BT)).squeeze(-1).float()
+
+
+def gather_states(hidden_BLD: Tensor, index_BT: Tensor) -> Tensor:
+    """hidden_BLD at the positions index_BT -> (B, T, D)."""
+    return torch.take_along_dim(hidden_BLD, index_BT[:, :, None], dim=1)

@@ -1,0 +1,204 @@
+"""The reward: terms measured, normalised, weighted and summed, with every step of it kept for the log."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from mmft.functional.normalize import RunningStats, minmax, zscore
+from mmft.rewards.terms import Term, build_term
+from mmft.types import RewardOutput, Row, UserError
+
+if TYPE_CHECKING:
+    from mmft.config import RewardConfig
+
+NORMALIZERS = ("none", "minmax", "zscore")
+_CAPTION_TERMS = ("bleu", "detail", "length")
+
+
+def weighted_sum(rewards: Mapping[str, Sequence[float]], weights: Mapping[str, float]) -> list[float]:
+    """Reward of several modalities or terms.
+
+    Equation: E28
+        R = sum_m w_m R_m(s^m, a^m)
+
+    Args:
+        rewards: term m -> R_m of B samples.
+        weights: term m -> w_m, for every term in `rewards`; negative for a cost.
+
+    Returns:
+        R of B samples.
+    """
+    columns = [[weights[name] * value for value in values] for name, values in rewards.items()]
+    return [math.fsum(sample) for sample in zip(*columns, strict=True)]
+
+
+def caption_reward(
+    bleu: Sequence[float], detail: Sequence[float], length: Sequence[float], alpha: float, beta: float, gamma: float
+) -> list[float]:
+    """Reward of captions c with references c*.
+
+    Equation: E34
+        R = alpha BLEU(c, c*) + beta Detail(c) - gamma Length(c)
+
+    Args:
+        bleu, detail, length: the terms of B captions, normalised where the recipe says so.
+        alpha, beta, gamma: their weights, at least 0.
+
+    Returns:
+        R of B captions.
+    """
+    return [alpha * b + beta * d - gamma * n for b, d, n in zip(bleu, detail, length, strict=True)]
+
+
+@dataclass
+class WeightedTerm:
+    """A term as a recipe lists it: named (a term type may be listed twice), weighted and normalised."""
+
+    name: str
+    term: Term
+    weight: float = 1.0
+    normalize: str = "none"
+    stats: RunningStats = field(default_factory=RunningStats)
+
+    def __post_init__(self) -> None:
+        if self.normalize not in NORMALIZERS:
+            raise UserError(f"reward term {self.name!r}: normalize {self.normalize!r} is not {', '.join(NORMALIZERS)}")
+        if not (math.isfinite(self.weight) and self.weight >= 0):
+            raise UserError(f"reward term {self.name!r}: weight {self.weight} is not a finite number of at least 0")
+
+    @property
+    def signed_weight(self) -> float:
+        return self.term.sign * self.weight
+
+    def measure(self, captions: list[str], rows: list[Row], finished: Sequence[bool] | None) -> list[float]:
+        """The raw values. Raises UserError naming the term and the sample when one is not finite."""
+        values = self.term(captions, rows, finished)
+        for value, row, caption in zip(values, rows, captions, strict=True):
+            if not math.isfinite(value):
+                raise UserError(f"reward term {self.name!r} gave {value} for sample {row.id!r}, caption {caption!r}")
+        return values
+
+    def normalized(self, values: list[float], update: bool) -> list[float]:
+        """E06 or E07 with the running statistics; with none yet, and none to be taken, the values as they are."""
+        if self.normalize == "none":
+            return list(values)
+        if update:
+            self.stats.update(values)
+        if not self.stats.count:
+            return list(values)
+        if self.normalize == "minmax":
+            return [float(v) for v in minmax(values, self.stats.min, self.stats.max)]
+        return [float(v) for v in zscore(values, self.stats.mean, self.stats.std)]
+
+
+class RewardFunction:
+    """R of B captions from weighted terms: `check` the data, `fit` on the training rows, then call.
+
+    Normalisers learn from calls with update=True (training) and are frozen with update=False (evaluation). `state_dict`
+    holds all that was learned, JSON-ready. No term sees the oracle: rows pass through `Row.for_reward`.
+    """
+
+    def __init__(self, terms: Sequence[WeightedTerm]):
+        names = [term.name for term in terms]
+        if not names:
+            raise UserError("the reward has no terms")
+        for name in names:
+            if names.count(name) > 1:
+                raise UserError(f"two reward terms are named {name!r}; give one of them another `name`")
+        self.terms = {term.name: term for term in terms}
+
+    def check(self, rows: Iterable[Row]) -> None:
+        """Raises UserError, naming term and row, when a row lacks the references that a term needs."""
+        needing = next((name for name, entry in self.terms.items() if entry.term.needs_references), None)
+        if needing is None:
+            return
+        for row in rows:
+            if not any(reference.strip() for reference in row.references):
+                raise UserError(f"reward term {needing!r} needs references, and row {row.id!r} has none")
+
+    def fit(self, rows: Iterable[Row]) -> None:
+        """Lets terms collect statistics from training rows. Pictures are not kept, so rows may be any lazy iterable."""
+        fitting = [entry.term for entry in self.terms.values() if entry.term.needs_fit]
+        if fitting:
+            texts = [dataclasses.replace(row.for_reward(), image=None) for row in rows]
+            for term in fitting:
+                term.fit(texts)
+
+    def __call__(
+        self,
+        captions: Sequence[str],
+        rows: Sequence[Row],
+        finished: Sequence[bool] | None = None,
+        update: bool = True,
+    ) -> RewardOutput:
+        """Scores B captions of B rows. finished: whether EOS was reached, None = all were; update: see the class."""
+        if len(captions) != len(rows) or (finished is not None and len(finished) != len(rows)):
+            raise ValueError(f"{len(captions)} captions, {len(rows)} rows: not the same number of samples")
+        texts, visible = list(captions), [row.for_reward() for row in rows]
+        output = RewardOutput(total=[])
+        # All terms are measured before any statistic moves: a term that fails leaves the state as it was.
+        for name, entry in self.terms.items():
+            output.raw[name] = entry.measure(texts, visible, finished)
+        for name, entry in self.terms.items():
+            output.normalized[name] = entry.normalized(output.raw[name], update)
+            output.weighted[name] = [entry.signed_weight * value for value in output.normalized[name]]
+        return dataclasses.replace(output, total=self._total(output.normalized, len(texts)))
+
+    def _total(self, values: Mapping[str, list[float]], count: int) -> list[float]:
+        """E34 for the caption terms, E28 for it together with the others."""
+        weights = {name: entry.signed_weight for name, entry in self.terms.items()}
+        absent = [0.0] * count
+        bleu, detail, length = (values.get(name, absent) for name in _CAPTION_TERMS)
+        alpha, beta, negative_gamma = (weights.get(name, 0.0) for name in _CAPTION_TERMS)
+        caption = caption_reward(bleu, detail, length, alpha, beta, -negative_gamma)
+        others = {name: column for name, column in values.items() if name not in _CAPTION_TERMS}
+        return weighted_sum({"caption": caption, **others}, {**weights, "caption": 1.0})
+
+    def reference_reward(self, rows: Iterable[Row], leave_one_out: bool = True) -> float:
+        """What people get: the mean reward of a row's references, averaged over rows; the ceiling in evaluation.
+
+        leave_one_out: each reference is scored against the others of its row, and rows with fewer than two are passed
+        over. It asks how well one person agrees with others, and is a fair ceiling when references are interchangeable.
+        Where they differ by design (a full account, a short one) a policy that says one of them exactly can pass it;
+        False scores each against all, itself included, as a policy's captions are. Statistics stay as they are. NaN
+        when no row is left.
+        """
+        means = []
+        for row in rows:
+            references, k = row.references, len(row.references)
+            if k < (2 if leave_one_out else 1):
+                continue
+            targets = [references[:i] + references[i + 1 :] if leave_one_out else references for i in range(k)]
+            totals = self(references, [dataclasses.replace(row, references=t) for t in targets], update=False).total
+            means.append(math.fsum(totals) / k)
+        return math.fsum(means) / len(means) if means else math.nan
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            name: {"stats": entry.stats.state_dict(), "term": entry.term.state_dict()}
+            for name, entry in self.terms.items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes back a `state_dict`. Raises UserError when it is of other terms."""
+        if set(state) != set(self.terms):
+            raise UserError(f"the saved reward has terms {sorted(state)}, the recipe has {sorted(self.terms)}")
+        for name, entry in self.terms.items():
+            entry.stats.load_state_dict(state[name]["stats"])
+            entry.term.load_state_dict(state[name]["term"])
+
+
+def build_reward(config: RewardConfig) -> RewardFunction:
+    """The reward of a recipe.
+
+    config: `recipe.reward`, whose `terms` hold type, name, weight, normalize and the options of their type.
+    """
+    terms = []
+    for entry in config.terms:
+        options = entry.model_dump(exclude={"type", "name", "weight", "normalize"})
+        terms.append(WeightedTerm(entry.label, build_term(entry.type, **options), entry.weight, entry.normalize))
+    return RewardFunction(terms)

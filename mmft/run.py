@@ -1,0 +1,296 @@
+"""The jobs behind the commands: from a recipe to a trained, saved, evaluated and reported run.
+
+Order matters: data, references and the run folder are checked before any model loads, and nothing is reported as trained that
+was not saved and read back.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from safetensors.torch import save_file
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set_seed
+
+from mmft.config import ImageFolderConfig, Recipe, ScenesConfig, dump_recipe, load_recipe
+from mmft.data.pictures import UNREADABLE, load_picture
+from mmft.data.preview import contact_sheet
+from mmft.data.sources import Repeated, Source, open_source
+from mmft.eval.evaluator import evaluate_captions, evaluation_record
+from mmft.models.adapter_io import save_adapter
+from mmft.models.generation import caption
+from mmft.models.policy import Policy, load_adapter, load_policy, load_pretrained
+from mmft.models.prompts import PromptBuilder, pad_prompts
+from mmft.report.folder import RunFolder, clean
+from mmft.report.html import write_report
+from mmft.report.progress import ProgressReporter
+from mmft.report.samples import write_eval_samples
+from mmft.report.table import print_evaluation
+from mmft.rewards.combine import RewardFunction, build_reward
+from mmft.train.experience import Rollout
+from mmft.train.ppo import VisionPPOTrainer
+from mmft.train.ppo_config import VisionPPOConfig
+from mmft.types import Row, UserError
+
+FIT_ROWS = 4000  # training rows whose references a reward's statistics come from
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a recipe needs before a model loads."""
+
+    recipe: Recipe
+    train: Source
+    heldout: Source
+    reward: RewardFunction
+
+
+def train(recipe: Recipe) -> Path:
+    """Trains, evaluates before and after, saves and reports; returns the run folder."""
+    console = Console(stderr=True)
+    job = prepare(recipe)
+    run = RunFolder.create(recipe.logging.dir, recipe.run_name)
+    run.write_recipe(dump_recipe(recipe))
+    console.print(f"[bold]{recipe.name}[/] -> {run.path}", highlight=False)
+    set_seed(recipe.train.seed)
+    policy = load_policy(recipe.model, device_of(recipe), dtype_of(recipe))
+    trainer = build_trainer(job, policy, run)
+    rows = _eval_rows(job)
+    with console.status(f"captioning {len(rows)} {recipe.eval.split} pictures before training"):
+        before, before_ended = _caption(policy, rows, recipe)
+    _train(trainer, console)
+    with console.status("saving"):
+        _save(run, policy, trainer, job.reward, rows[0])
+    with console.status(f"captioning {len(rows)} {recipe.eval.split} pictures after training"):
+        after, after_ended = _caption(policy, rows, recipe)
+    # Both are scored now: normalisers have moved since the start, and one ruler must measure both.
+    scores_before = evaluate_captions(before, rows, job.reward, before_ended)
+    scores_after = evaluate_captions(after, rows, job.reward, after_ended)
+    ceiling = job.reward.reference_reward(rows, leave_one_out=False)
+    record = evaluation_record(scores_before, scores_after, ceiling)
+    run.write_eval(record)
+    write_eval_samples(run, rows, before, after, scores_before["reward"].tolist(), scores_after["reward"].tolist())
+    print_evaluation(record, (run.metrics() or [{}])[-1])
+    console.print(f"adapter: {run / 'adapter'}\nreport:  {write_report(run.path)}", highlight=False)
+    return run.path
+
+
+def prepare(recipe: Recipe) -> Job:
+    """Data and reward, checked against each other. Raises UserError before a model is touched."""
+    source = open_source(recipe.data, "train")
+    heldout = open_source(recipe.data, recipe.eval.split, recipe.eval.samples)
+    reward = build_reward(recipe.reward)
+    reward.check(itertools.chain(source.rows_without_pictures(FIT_ROWS), heldout.rows_without_pictures(FIT_ROWS)))
+    reward.fit(source.rows_without_pictures(FIT_ROWS))
+    return Job(recipe, source, heldout, reward)
+
+
+def device_of(recipe: Recipe) -> str:
+    device = recipe.train.device
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("train.device: cuda is not available here; use auto or cpu")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+
+
+def dtype_of(recipe: Recipe) -> torch.dtype:
+    """Weights' type where `model.dtype` is auto: `train.precision`, whose auto is bf16 on a GPU that has it."""
+    precision = recipe.train.precision
+    if precision == "auto":
+        precision = "bf16" if device_of(recipe) == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def build_trainer(job: Job, policy: Policy, run: RunFolder) -> VisionPPOTrainer:
+    """The trainer of a recipe, logging to its run folder."""
+    recipe = job.recipe
+    prompts = recipe.train.batch // recipe.train.samples_per_prompt
+    trainer = VisionPPOTrainer(
+        args=trainer_arguments(recipe, run),
+        processing_class=policy.processor,
+        model=policy.model,
+        reward_model=job.reward,
+        train_dataset=Repeated(job.train, prompts),
+        callbacks=[RunLog(run), ProgressReporter()],
+    )
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    every = recipe.logging.samples_every
+
+    def write_samples(step: int, rollout: Rollout) -> None:
+        if every and (step % every == 0 or step == 1) and rollout.reward is not None:
+            run.write_samples(step, rollout.captions, rollout.rows, rollout.reward, rollout.finished_B.tolist())
+
+    trainer.on_rollout = write_samples
+    return trainer
+
+
+def trainer_arguments(recipe: Recipe, run: RunFolder) -> VisionPPOConfig:
+    """A recipe's numbers under TRL's names."""
+    t, a, g = recipe.train, recipe.algorithm, recipe.generation
+    minibatch = t.batch // t.minibatches
+    micro = t.micro_batch or minibatch
+    return VisionPPOConfig(
+        output_dir=str(run / "checkpoints"),
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=t.batch // micro,
+        num_mini_batches=t.minibatches,
+        num_ppo_epochs=t.epochs,
+        total_episodes=t.steps * t.batch,
+        learning_rate=t.lr,
+        value_learning_rate=t.value_lr,
+        schedule=t.schedule,
+        warmup=t.warmup,
+        seed=t.seed,
+        samples_per_prompt=t.samples_per_prompt,
+        local_rollout_forward_batch_size=t.batch,
+        response_length=g.max_new_tokens,
+        min_new_tokens=g.min_new_tokens,
+        temperature=g.temperature,
+        top_k=g.top_k,
+        top_p=g.top_p,
+        gamma=a.gamma,
+        lam=a.lam,
+        cliprange=a.clip_range,
+        cliprange_value=a.value_clip_range,
+        vf_coef=a.value_coef,
+        entropy_coef=a.entropy_coef,
+        whiten_rewards=a.whiten_rewards,
+        whiten_advantages=a.whiten_advantages,
+        missing_eos_penalty=a.missing_eos_penalty,
+        target_kl=a.target_kl,
+        max_grad_norm=a.max_grad_norm,
+        kl_coef=recipe.kl.coef,
+        kl_estimator=recipe.kl.estimator,
+        kl_target=recipe.kl.target,
+        kl_horizon=recipe.kl.horizon,
+        l2=recipe.anchor.l2,
+        adapter_penalty=recipe.adapter_penalty,
+        weight_decay=0.0,
+        report_to=list(recipe.logging.report_to),
+        save_strategy="no",
+        logging_steps=1,
+        disable_tqdm=True,
+        use_cpu=device_of(recipe) == "cpu",
+    )
+
+
+class RunLog(TrainerCallback):
+    """A line of metrics.jsonl a step."""
+
+    def __init__(self, run: RunFolder):
+        self.run = run
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if state.is_world_process_zero and logs:
+            self.run.log(state.global_step, {k: v for k, v in logs.items() if k not in ("epoch", "step")})
+
+
+def _train(trainer: VisionPPOTrainer, console: Console) -> None:
+    started = time.perf_counter()
+    try:
+        trainer.train()
+    finally:
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, ProgressReporter):
+                callback.close()
+    console.print(f"trained {trainer.state.global_step} steps in {time.perf_counter() - started:.0f} s", highlight=False)
+
+
+def _save(run: RunFolder, policy: Policy, trainer: VisionPPOTrainer, reward: RewardFunction, row: Row) -> None:
+    """Adapter (checked by reading it back), critic, and the reward's learned state."""
+    builder = PromptBuilder(policy.processor)
+    probe = pad_prompts([builder(row)], builder.pad_id, "right")
+    save_adapter(policy.model, run / "adapter", {k: v.to(policy.model.device) for k, v in probe.items()})
+    (run / "critic").mkdir(exist_ok=True)
+    critic = trainer.accelerator.unwrap_model(trainer.model).value_model
+    save_file({k: v.contiguous() for k, v in critic.state_dict().items()}, run / "critic" / "value_head.safetensors")
+    (run / "reward").mkdir(exist_ok=True)
+    run.write_text("reward/state.json", json.dumps(reward.state_dict()))
+
+
+def _eval_rows(job: Job) -> list[Row]:
+    return [job.heldout[i] for i in range(min(len(job.heldout), job.recipe.eval.samples))]
+
+
+def _caption(policy: Policy, rows: Sequence[Row], recipe: Recipe) -> tuple[list[str], list[bool]]:
+    return caption(policy, rows, recipe.generation.max_new_tokens, recipe.eval.batch)
+
+
+# After training: evaluate, caption, preview.
+
+
+def evaluate(target: str, data: str | None = None, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Measures a run (its base before, its adapter after) or a bare model; prints the table and returns the record.
+
+    A run's own data renews its `eval.json`; other data goes to `eval_NAME.json` beside it.
+    """
+    run, recipe = _target(target, data, overrides)
+    job = prepare(recipe)
+    rows = _eval_rows(job)
+    console = Console(stderr=True)
+    if run is not None and (run / "reward" / "state.json").is_file():
+        job.reward.load_state_dict(json.loads((run / "reward" / "state.json").read_text(encoding="utf-8")))
+    policy = _load(run, recipe)
+    sides = []
+    for adapter in (False, True) if run is not None else (False,):
+        with console.status(f"captioning {len(rows)} pictures with the {'adapter' if adapter else 'base model'}"):
+            off = nullcontext() if adapter or run is None else policy.model.disable_adapter()
+            with off:
+                captions, ended = _caption(policy, rows, recipe)
+        sides.append(evaluate_captions(captions, rows, job.reward, ended))
+    ceiling = job.reward.reference_reward(rows, leave_one_out=False)
+    record = evaluation_record(sides[0], sides[1] if len(sides) > 1 else None, ceiling)
+    last = (run.metrics() or [{}])[-1] if run is not None else None
+    print_evaluation(record, last)
+    if run is not None:
+        name = "eval.json" if data is None else f"eval_{Path(data).name}.json"
+        run.write_text(name, json.dumps(clean(record), indent=2) + "\n")
+        console.print(f"written: {run / name}", highlight=False)
+    return record
+
+
+def generate(target: str, images: Sequence[Path], prompt: str | None = None) -> list[str]:
+    """Greedy captions of picture files by a run's adapter or a bare model."""
+    run, recipe = _target(target, None, ())
+    text = prompt or recipe.data.prompt
+    rows = [Row(str(path), _picture(path), text) for path in images]
+    return _caption(_load(run, recipe), rows, recipe)[0]
+
+
+def preview(data: ScenesConfig | ImageFolderConfig, rows: int, out: Path) -> Path:
+    """A contact sheet of the first training rows."""
+    source = open_source(data, "train")
+    return contact_sheet([source[i] for i in range(min(rows, len(source)))], out)
+
+
+def _target(target: str, data: str | None, overrides: Sequence[str]) -> tuple[RunFolder | None, Recipe]:
+    """A run folder with its own recipe, or a model under the default recipe."""
+    where = [] if data is None else ["data.type=scenes"] if data == "scenes" else ["data.type=imagefolder", f"data.path={data}"]
+    if (Path(target) / "recipe.yaml").is_file():
+        run = RunFolder(target)
+        return run, load_recipe(run / "recipe.yaml", [*where, *overrides])
+    return None, load_recipe("caption_ppo", [f"model.path={target}", *where, *overrides])
+
+
+def _load(run: RunFolder | None, recipe: Recipe) -> Policy:
+    dtype = dtype_of(recipe)
+    if run is None:
+        return Policy(*load_pretrained(recipe.model, dtype))
+    if not (run / "adapter").is_dir():
+        raise UserError(f"{run.path}: no adapter was saved here; did the training end?")
+    return load_adapter(recipe.model, run / "adapter", dtype)
+
+
+def _picture(path: Path) -> Any:
+    try:
+        return load_picture(path)
+    except UNREADABLE as error:
+        raise UserError(f"{path}: not a picture that can be read ({error})") from error

@@ -1,0 +1,69 @@
+"""Shared data types, and the legend of shapes and masks. Imports no torch at run time.
+
+Shape suffixes (`logprobs_BT` is a tensor of shape B x T):
+    B  rows of a batch (samples)          T  response (generated) positions
+    P  prompt positions, padding included L  prompt + response positions
+    D  hidden size                        V  vocabulary size
+    K  discrete actions                   M  modalities
+Time: `value_BT[:, t]` is V(s_t), the value of the state *before* token t is chosen; `next_value_BT[:, t]` is V(s_{t+1}).
+Masks: every `*_mask` is True = keep, everywhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+
+
+class UserError(Exception):
+    """Something the user can put right: one clear line naming what is wrong, and where.
+
+    The command line prints the message without a traceback and exits with status 2.
+    """
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of data: a picture, what is asked about it, and what people said of it.
+
+    `image` is a decoded RGB picture or None for text alone. `references` are zero or more reference captions.
+    `scene` is the exact scene graph of a synthetic picture: an oracle for evaluation, never visible to a reward.
+    """
+
+    id: str
+    image: Image | None
+    prompt: str
+    references: tuple[str, ...] = ()
+    question: str | None = None
+    answer: str | None = None
+    scene: Any = None
+
+    def for_reward(self) -> Row:
+        """The row as a reward may see it: without the oracle."""
+        return dataclasses.replace(self, scene=None)
+
+
+@dataclass(frozen=True)
+class RewardOutput:
+    """Rewards of B samples, with every term as measured, as normalised and as weighted.
+
+    total: B floats, the sum over terms of `weighted`; raw, normalized, weighted: term name -> B floats.
+    """
+
+    total: list[float]
+    raw: dict[str, list[float]] = field(default_factory=dict)
+    normalized: dict[str, list[float]] = field(default_factory=dict)
+    weighted: dict[str, list[float]] = field(default_factory=dict)
+
+
+@dataclass
+class LossOutput:
+    """A scalar loss (0-d tensor, differentiable) and detached metrics, name -> float or 0-d tensor."""
+
+    loss: torch.Tensor
+    metrics: dict[str, Any] = field(default_factory=dict)
