@@ -1,24 +1,28 @@
 """The jobs behind the commands: from a recipe to a trained, saved, evaluated and reported run.
 
-Order matters: data, references and the run folder are checked before any model loads, and nothing is reported as trained that
-was not saved and read back.
+Order matters: data, references and the run folder are checked before any model loads, and nothing is reported as
+trained that was not saved and read back.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import shutil
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from huggingface_hub.utils import enable_progress_bars
 from rich.console import Console
 from safetensors.torch import save_file
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set_seed
+from transformers.integrations import get_reporting_integration_callbacks
+from transformers.utils import logging as transformers_logging
 
 from mmft.config import ImageFolderConfig, Recipe, ScenesConfig, dump_recipe, load_recipe
 from mmft.data.pictures import UNREADABLE, load_picture
@@ -29,7 +33,7 @@ from mmft.models.adapter_io import save_adapter
 from mmft.models.generation import caption
 from mmft.models.policy import Policy, load_adapter, load_policy, load_pretrained
 from mmft.models.prompts import PromptBuilder, pad_prompts
-from mmft.report.folder import RunFolder, clean
+from mmft.report.folder import RunFolder, clean, write_atomic
 from mmft.report.html import write_report
 from mmft.report.progress import ProgressReporter
 from mmft.report.samples import write_eval_samples
@@ -61,6 +65,7 @@ def train(recipe: Recipe) -> Path:
     run.write_recipe(dump_recipe(recipe))
     console.print(f"[bold]{recipe.name}[/] -> {run.path}", highlight=False)
     set_seed(recipe.train.seed)
+    _quiet_loading()
     policy = load_policy(recipe.model, device_of(recipe), dtype_of(recipe))
     trainer = build_trainer(job, policy, run)
     rows = _eval_rows(job)
@@ -68,7 +73,7 @@ def train(recipe: Recipe) -> Path:
         before, before_ended = _caption(policy, rows, recipe)
     _train(trainer, console)
     with console.status("saving"):
-        _save(run, policy, trainer, job.reward, rows[0])
+        save(run.path, policy, trainer, job.reward, rows[0])
     with console.status(f"captioning {len(rows)} {recipe.eval.split} pictures after training"):
         after, after_ended = _caption(policy, rows, recipe)
     # Both are scored now: normalisers have moved since the start, and one ruler must measure both.
@@ -85,12 +90,30 @@ def train(recipe: Recipe) -> Path:
 
 def prepare(recipe: Recipe) -> Job:
     """Data and reward, checked against each other. Raises UserError before a model is touched."""
+    _refuse_what_is_not_there(recipe)
     source = open_source(recipe.data, "train")
     heldout = open_source(recipe.data, recipe.eval.split, recipe.eval.samples)
     reward = build_reward(recipe.reward)
     reward.check(itertools.chain(source.rows_without_pictures(FIT_ROWS), heldout.rows_without_pictures(FIT_ROWS)))
     reward.fit(source.rows_without_pictures(FIT_ROWS))
     return Job(recipe, source, heldout, reward)
+
+
+def _refuse_what_is_not_there(recipe: Recipe) -> None:
+    """Keys of the contract that this version accepts in one value only: silence would be a lie."""
+    if recipe.model.quantization:
+        raise UserError("model.quantization: loading in 4 or 8 bits is not available yet; remove the key")
+    if recipe.model.encode_once == "on":
+        raise UserError("model.encode_once: not available yet, every pass encodes the pictures; use auto or off")
+    if recipe.model.lora is not None and recipe.model.lora.dropout:
+        raise UserError("model.lora.dropout: PPO compares log-probabilities of two passes, so it must be 0")
+    if recipe.hub.repo:
+        raise UserError("hub.repo: pushing is not available yet; the adapter folder can be uploaded by hand")
+    try:
+        for tracker in get_reporting_integration_callbacks(list(recipe.logging.report_to)):
+            tracker()
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise UserError(f"logging.report_to: {str(error).splitlines()[0]}") from error
 
 
 def device_of(recipe: Recipe) -> str:
@@ -129,6 +152,9 @@ def build_trainer(job: Job, policy: Policy, run: RunFolder) -> VisionPPOTrainer:
             run.write_samples(step, rollout.captions, rollout.rows, rollout.reward, rollout.finished_B.tolist())
 
     trainer.on_rollout = write_samples
+    trainer.add_callback(Checkpoints(run, policy, trainer, job))
+    if recipe.eval.every:
+        trainer.add_callback(PeriodicEvaluation(run, policy, job))
     return trainer
 
 
@@ -201,19 +227,54 @@ def _train(trainer: VisionPPOTrainer, console: Console) -> None:
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, ProgressReporter):
                 callback.close()
-    console.print(f"trained {trainer.state.global_step} steps in {time.perf_counter() - started:.0f} s", highlight=False)
+    console.print(
+        f"trained {trainer.state.global_step} steps in {time.perf_counter() - started:.0f} s", highlight=False
+    )
 
 
-def _save(run: RunFolder, policy: Policy, trainer: VisionPPOTrainer, reward: RewardFunction, row: Row) -> None:
-    """Adapter (checked by reading it back), critic, and the reward's learned state."""
+class Checkpoints(TrainerCallback):
+    """Every `train.save_every` steps: adapter, critic and reward under checkpoints/step-N, the newest `train.keep`."""
+
+    def __init__(self, run: RunFolder, policy: Policy, trainer: VisionPPOTrainer, job: Job):
+        self.run, self.policy, self.trainer, self.job = run, policy, trainer, job
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        every, keep = self.job.recipe.train.save_every, self.job.recipe.train.keep
+        if not every or state.global_step % every:
+            return
+        folder = self.run / "checkpoints" / f"step-{state.global_step}"
+        folder.mkdir(parents=True)
+        save(folder, self.policy, self.trainer, self.job.reward, self.job.heldout[0])
+        steps = sorted(folder.parent.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+        for old in steps[:-keep]:
+            shutil.rmtree(old)
+
+
+class PeriodicEvaluation(TrainerCallback):
+    """Every `eval.every` steps: the means of the held-out metrics, as eval/* in metrics.jsonl."""
+
+    def __init__(self, run: RunFolder, policy: Policy, job: Job):
+        self.run, self.policy, self.job = run, policy, job
+        self.rows = _eval_rows(job)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step % self.job.recipe.eval.every:
+            return
+        captions, ended = _caption(self.policy, self.rows, self.job.recipe)
+        scores = evaluate_captions(captions, self.rows, self.job.reward, ended)
+        self.run.log(state.global_step, {f"eval/{name}": np.nanmean(values) for name, values in scores.items()})
+
+
+def save(folder: Path, policy: Policy, trainer: VisionPPOTrainer, reward: RewardFunction, row: Row) -> None:
+    """Adapter (checked by reading it back), critic, and the reward's learned state, under `folder`."""
     builder = PromptBuilder(policy.processor)
     probe = pad_prompts([builder(row)], builder.pad_id, "right")
-    save_adapter(policy.model, run / "adapter", {k: v.to(policy.model.device) for k, v in probe.items()})
-    (run / "critic").mkdir(exist_ok=True)
+    save_adapter(policy.model, folder / "adapter", {k: v.to(policy.model.device) for k, v in probe.items()})
+    for name in ("critic", "reward"):
+        (folder / name).mkdir(exist_ok=True)
     critic = trainer.accelerator.unwrap_model(trainer.model).value_model
-    save_file({k: v.contiguous() for k, v in critic.state_dict().items()}, run / "critic" / "value_head.safetensors")
-    (run / "reward").mkdir(exist_ok=True)
-    run.write_text("reward/state.json", json.dumps(reward.state_dict()))
+    save_file({k: v.contiguous() for k, v in critic.state_dict().items()}, folder / "critic" / "value_head.safetensors")
+    write_atomic(folder / "reward" / "state.json", json.dumps(reward.state_dict()).encode())
 
 
 def _eval_rows(job: Job) -> list[Row]:
@@ -230,7 +291,7 @@ def _caption(policy: Policy, rows: Sequence[Row], recipe: Recipe) -> tuple[list[
 def evaluate(target: str, data: str | None = None, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Measures a run (its base before, its adapter after) or a bare model; prints the table and returns the record.
 
-    A run's own data renews its `eval.json`; other data goes to `eval_NAME.json` beside it.
+    A run's own settings renew its `eval.json`; anything else goes to `eval_NAME.json` beside it.
     """
     run, recipe = _target(target, data, overrides)
     job = prepare(recipe)
@@ -238,20 +299,21 @@ def evaluate(target: str, data: str | None = None, overrides: Sequence[str] = ()
     console = Console(stderr=True)
     if run is not None and (run / "reward" / "state.json").is_file():
         job.reward.load_state_dict(json.loads((run / "reward" / "state.json").read_text(encoding="utf-8")))
-    policy = _load(run, recipe)
     sides = []
-    for adapter in (False, True) if run is not None else (False,):
-        with console.status(f"captioning {len(rows)} pictures with the {'adapter' if adapter else 'base model'}"):
-            off = nullcontext() if adapter or run is None else policy.model.disable_adapter()
-            with off:
-                captions, ended = _caption(policy, rows, recipe)
+    for trained in (None, run) if run is not None else (None,):
+        policy = _load(trained, recipe)
+        with console.status(
+            f"captioning {len(rows)} pictures with the {'base' if trained is None else 'trained'} model"
+        ):
+            captions, ended = _caption(policy, rows, recipe)
         sides.append(evaluate_captions(captions, rows, job.reward, ended))
     ceiling = job.reward.reference_reward(rows, leave_one_out=False)
     record = evaluation_record(sides[0], sides[1] if len(sides) > 1 else None, ceiling)
     last = (run.metrics() or [{}])[-1] if run is not None else None
     print_evaluation(record, last)
     if run is not None:
-        name = "eval.json" if data is None else f"eval_{Path(data).name}.json"
+        own = data is None and not overrides
+        name = "eval.json" if own else f"eval_{Path(data).name if data else 'custom'}.json"
         run.write_text(name, json.dumps(clean(record), indent=2) + "\n")
         console.print(f"written: {run / name}", highlight=False)
     return record
@@ -273,7 +335,13 @@ def preview(data: ScenesConfig | ImageFolderConfig, rows: int, out: Path) -> Pat
 
 def _target(target: str, data: str | None, overrides: Sequence[str]) -> tuple[RunFolder | None, Recipe]:
     """A run folder with its own recipe, or a model under the default recipe."""
-    where = [] if data is None else ["data.type=scenes"] if data == "scenes" else ["data.type=imagefolder", f"data.path={data}"]
+    where = (
+        []
+        if data is None
+        else ["data.type=scenes"]
+        if data == "scenes"
+        else ["data.type=imagefolder", f"data.path={data}"]
+    )
     if (Path(target) / "recipe.yaml").is_file():
         run = RunFolder(target)
         return run, load_recipe(run / "recipe.yaml", [*where, *overrides])
@@ -282,11 +350,19 @@ def _target(target: str, data: str | None, overrides: Sequence[str]) -> tuple[Ru
 
 def _load(run: RunFolder | None, recipe: Recipe) -> Policy:
     dtype = dtype_of(recipe)
+    _quiet_loading()
     if run is None:
         return Policy(*load_pretrained(recipe.model, dtype))
     if not (run / "adapter").is_dir():
         raise UserError(f"{run.path}: no adapter was saved here; did the training end?")
     return load_adapter(recipe.model, run / "adapter", dtype)
+
+
+def _quiet_loading() -> None:
+    """No bar for reading weights from disk where the log is quiet too (not under `--debug`); downloads keep theirs."""
+    if transformers_logging.get_verbosity() >= transformers_logging.ERROR:
+        transformers_logging.disable_progress_bar()
+        enable_progress_bars()
 
 
 def _picture(path: Path) -> Any:

@@ -5,8 +5,8 @@ Shape suffixes (`logprobs_BT` is a tensor of shape B x T):
     P  prompt positions, padding included L  prompt + response positions
     D  hidden size                        V  vocabulary size
     K  discrete actions                   M  modalities
-Time: `value_BT[:, t]` is V(s_t), the value of the state *before* token t is chosen; `next_value_BT[:, t]` is V(s_{t+1}).
-Masks: every `*_mask` is True = keep, everywhere.
+Time: `value_BT[:, t]` is V(s_t), the value of the state *before* token t is chosen; `next_value_BT[:, t]` is
+V(s_{t+1}). Masks: every `*_mask` is True = keep, everywhere.
 """
 
 from __future__ import annotations

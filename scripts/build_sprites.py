@@ -4,8 +4,9 @@
     npm pack emojibase-data && tar xzf emojibase-data-*.tgz
     python scripts/build_sprites.py --emojibase package --out mmft/assets/sprites
 
-Writes atlas.png (a 10-column sheet of 64 x 64 RGBA sprites) and sprites.json (name, plural, group, emoji, keywords by position
-in the sheet). Art: Noto Color Emoji; names and keywords: emojibase-data (see NOTICE). Deterministic: no random numbers.
+Writes atlas.png (a 10-column sheet of 64 x 64 RGBA sprites) and sprites.json (name, plural, group, emoji, keywords by
+position in the sheet). Art: Noto Color Emoji; names and keywords: emojibase-data (see NOTICE). Deterministic: no
+random numbers.
 """
 
 from __future__ import annotations
@@ -24,22 +25,42 @@ COLUMNS = 10
 
 # Objects that a person names in one common word, distinct in shape or colour at 24 pixels.
 NAMES = {
-    "animal": "🐶 dog,🐱 cat,🐰 rabbit,🦊 fox,🐻 bear,🐼 panda,🐯 tiger,🦁 lion,🐮 cow,🐷 pig,🐸 frog,🐵 monkey,🐔 chicken,"
-    "🐧 penguin,🦉 owl,🐢 turtle,🐍 snake,🐙 octopus,🦀 crab,🐟 fish,🐳 whale,🦋 butterfly,🐌 snail,🐝 bee,🐞 ladybug,🐘 elephant,"
+    "animal": "🐶 dog,🐱 cat,🐰 rabbit,🦊 fox,🐻 bear,🐼 panda,🐯 tiger,🦁 lion,🐮 cow,🐷 pig,🐸 frog,"
+    "🐵 monkey,🐔 chicken,"
+    "🐧 penguin,🦉 owl,🐢 turtle,🐍 snake,🐙 octopus,🦀 crab,"
+    "🐟 fish,🐳 whale,🦋 butterfly,🐌 snail,🐝 bee,🐞 ladybug,🐘 elephant,"
     "🦓 zebra,🦒 giraffe,🐴 horse,🦆 duck",
     "plant": "🌵 cactus,🌲 tree,🍁 leaf,🌹 rose,🌻 sunflower,🌷 tulip,🍄 mushroom",
-    "food": "🍎 apple,🍌 banana,🍇 grapes,🍉 watermelon,🍓 strawberry,🍒 cherry,🍍 pineapple,🍋 lemon,🥕 carrot,🌽 corn,🥦 broccoli,"
-    "🍅 tomato,🍞 bread,🧀 cheese,🍕 pizza,🍔 hamburger,🌭 hotdog,🍩 doughnut,🍪 cookie,🎂 cake,🍦 icecream,🥚 egg,☕ coffee",
+    "food": "🍎 apple,🍌 banana,🍇 grapes,🍉 watermelon,"
+    "🍓 strawberry,🍒 cherry,🍍 pineapple,🍋 lemon,🥕 carrot,🌽 corn,"
+    "🥦 broccoli,"
+    "🍅 tomato,🍞 bread,🧀 cheese,🍕 pizza,🍔 hamburger,🌭 hotdog,🍩 doughnut,"
+    "🍪 cookie,🎂 cake,🍦 icecream,🥚 egg,☕ coffee",
     "travel": "🚗 car,🚌 bus,🚂 train,🚲 bicycle,🚀 rocket,🚁 helicopter,⛵ sailboat,🚜 tractor,🏠 house,⛺ tent",
     "sky": "🌙 moon,⭐ star,🌈 rainbow,☂ umbrella,⛄ snowman,🔥 fire,⚡ lightning,🌍 globe",
-    "object": "⚽ football,🏀 basketball,🎾 racket,🎸 guitar,🎺 trumpet,🥁 drum,🎈 balloon,🎁 gift,🔑 key,🔔 bell,📚 books,"
-    "✂ scissors,🔨 hammer,💡 lightbulb,⏰ clock,📷 camera,📱 phone,👑 crown,🎩 hat,👟 shoe,👓 glasses,💎 diamond",
+    "object": "⚽ football,🏀 basketball,🎾 racket,🎸 guitar,🎺 trumpet,🥁 drum,🎈 balloon,🎁 gift,🔑 key,"
+    "🔔 bell,📚 books,"
+    "✂ scissors,🔨 hammer,💡 lightbulb,⏰ clock,📷 camera,📱 phone,"
+    "👑 crown,🎩 hat,👟 shoe,👓 glasses,💎 diamond",
 }
 PLURAL = {
-    "fox": "foxes", "fish": "fish", "octopus": "octopuses", "cactus": "cactuses", "leaf": "leaves", "butterfly": "butterflies",
+    "fox": "foxes", "fish": "fish", "octopus": "octopuses", "cactus": "cactuses", "leaf": "leaves",
+    "butterfly": "butterflies",
     "cherry": "cherries", "strawberry": "strawberries", "tomato": "tomatoes", "bus": "buses", "box": "boxes",
 }  # fmt: skip
-UNCOUNTED = {"grapes", "corn", "broccoli", "bread", "cheese", "coffee", "fire", "lightning", "books", "scissors", "glasses"}
+UNCOUNTED = {
+    "grapes",
+    "corn",
+    "broccoli",
+    "bread",
+    "cheese",
+    "coffee",
+    "fire",
+    "lightning",
+    "books",
+    "scissors",
+    "glasses",
+}
 
 
 def main() -> int:

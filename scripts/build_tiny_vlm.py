@@ -3,16 +3,19 @@
     python scripts/build_tiny_vlm.py --out mmft/assets/tiny-vlm            # about 45 minutes on two CPU cores
     python scripts/build_tiny_vlm.py --out /tmp/vlm --tower-steps 20 --steps 20   # does the script run?
 
-An ordinary Llava checkpoint: SigLIP-style tower (5 x 192, 96 px, patch 12), Llama (4 x 256), a byte-level BPE tokenizer of its
-own. Two stages, both on fresh scenes at every step:
+An ordinary Llava checkpoint: SigLIP-style tower (5 x 192, 96 px, patch 12), Llama (4 x 256), a byte-level BPE
+tokenizer of its own. Two stages, both on fresh scenes at every step:
 
-1. the tower alone learns which object covers each patch (a linear head, thrown away afterwards): dense labels teach it to see in
+1. the tower alone learns which object covers each patch (a linear head, thrown away afterwards): dense labels teach
+it to see in
    a fraction of the time that captions need;
-2. the whole model learns the noisy captions of `scene_text.noisy_caption` (four a picture, packed) and, one in six, a question; the
+2. the whole model learns the noisy captions of `scene_text.noisy_caption` (four a picture, packed) and, one in six, a
+question; the
    patch head stays on with a small weight.
 
-The captions are right but terse, so greedy decoding leaves objects out that the model does see: room for reinforcement learning.
-Writes the checkpoint in bfloat16, training_log.jsonl (a line every 50 steps) and quality.json (the held-out figures).
+The captions are right but terse, so greedy decoding leaves objects out that the model does see: room for
+reinforcement learning. Writes the checkpoint in bfloat16, training_log.jsonl (a line every 50 steps) and quality.json
+(the held-out figures).
 """
 
 from __future__ import annotations
@@ -51,7 +54,8 @@ TEXT = 96  # packed text positions behind a picture
 TEMPLATE = (
     "{% for message in messages %}{% if message['content'] is string %}{{ message['content'] }}{% else %}"
     "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>{% endif %}{% endfor %}"
-    "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}"
+    "{% endif %}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% else %}{{ '\\n' }}{% endif %}{% endfor %}"
 )
 
@@ -63,14 +67,20 @@ def build_processor() -> LlavaProcessor:
         scene = make_scene(index)
         rng = random.Random(index)
         question, answer = scene_text.question(scene, rng)
-        corpus += [*scene_text.references(scene, rng), scene_text.noisy_caption(scene, rng), PROMPT, f"{question}\n{answer}"]
+        corpus += [
+            *scene_text.references(scene, rng),
+            scene_text.noisy_caption(scene, rng),
+            PROMPT,
+            f"{question}\n{answer}",
+        ]
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     bpe.decoder = decoders.ByteLevel()
     special = ["<pad>", "<s>", "</s>", "<image>"]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     bpe.train_from_iterator(
-        corpus, trainers.BpeTrainer(vocab_size=1024, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+        corpus,
+        trainers.BpeTrainer(vocab_size=1024, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
     )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe, pad_token="<pad>", bos_token="<s>", eos_token="</s>", padding_side="left",
@@ -84,10 +94,14 @@ def build_processor() -> LlavaProcessor:
 
 def build_model(processor: LlavaProcessor) -> LlavaForConditionalGeneration:
     tokenizer = processor.tokenizer
-    ids = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    ids = {
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
     vision = SiglipVisionConfig(
-        hidden_size=192, intermediate_size=768, num_hidden_layers=5, num_attention_heads=3, image_size=SIDE, patch_size=PATCH,
-        vision_use_head=False,
+        hidden_size=192, intermediate_size=768, num_hidden_layers=5, num_attention_heads=3, image_size=SIDE,
+        patch_size=PATCH, vision_use_head=False,
     )  # fmt: skip
     text = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
@@ -95,8 +109,8 @@ def build_model(processor: LlavaProcessor) -> LlavaForConditionalGeneration:
     )  # fmt: skip
     config = LlavaConfig(
         vision_config=vision, text_config=text, image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        vision_feature_layer=-1, vision_feature_select_strategy="full", image_seq_length=GRID * GRID, tie_word_embeddings=True,
-        **ids,
+        vision_feature_layer=-1, vision_feature_select_strategy="full", image_seq_length=GRID * GRID,
+        tie_word_embeddings=True, **ids,
     )  # fmt: skip
     model = LlavaForConditionalGeneration(config)
     model.generation_config.update(**ids)
@@ -129,8 +143,8 @@ class Scenes:
     def text(self, scenes: list[Scene]) -> dict[str, torch.Tensor]:
         """CAPTIONS rows of text a scene, packed behind one picture, TEXT positions together.
 
-        Each segment sees the picture and itself, never another segment, at the positions it would have alone. labels[i, t] is the
-        token that position t should predict, -100 where nothing is to be learned.
+        Each segment sees the picture and itself, never another segment, at the positions it would have alone.
+        labels[i, t] is the token that position t should predict, -100 where nothing is to be learned.
         """
         size = (len(scenes), TEXT)
         tokens, labels = torch.full(size, self.tokenizer.pad_token_id), torch.full(size, -100)
@@ -310,7 +324,9 @@ def main() -> int:
     model = LlavaForConditionalGeneration.from_pretrained(args.out, dtype=torch.float32)
     figures = quality(model, processor, args.scenes)
     print(json.dumps(figures, indent=1))
-    (args.out / "quality.json").write_text(json.dumps({"seed": args.seed, "scenes": args.scenes, **figures}, indent=1) + "\n")
+    (args.out / "quality.json").write_text(
+        json.dumps({"seed": args.seed, "scenes": args.scenes, **figures}, indent=1) + "\n"
+    )
     return 0
 
 

@@ -1,7 +1,8 @@
-"""The language of EmojiScenes: reference captions, the terse and noisy captions of pretraining, questions, and a parser.
+"""The language of EmojiScenes: reference captions, the terse and noisy captions of pretraining, questions, and a
+parser.
 
-References are what careful people would write, from a full account to a short one. `noisy_caption` is what the tiny VLM was
-taught: right when it speaks, but it leaves objects out, so reinforcement learning has something to find.
+References are what careful people would write, from a full account to a short one. `noisy_caption` is what the tiny
+VLM was taught: right when it speaks, but it leaves objects out, so reinforcement learning has something to find.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class Claim:
 
 
 def noun_phrase(obj: SceneObject, size: bool = True) -> str:
-    """"two apples", "a big owl", "some grapes"."""
+    """ "two apples", "a big owl", "some grapes"."""
     if not obj.sprite.countable:
         return noun_phrase_of(obj.sprite)
     if obj.count > 1:
@@ -47,7 +48,7 @@ def noun_phrase_of(sprite: Sprite) -> str:
 
 
 def join(phrases: Sequence[str]) -> str:
-    """"a, b and c"."""
+    """ "a, b and c"."""
     return phrases[0] if len(phrases) == 1 else f"{', '.join(phrases[:-1])} and {phrases[-1]}"
 
 
@@ -110,7 +111,9 @@ def noisy_caption(scene: Scene, rng: random.Random) -> str:
         caption = f"{caption} and {noun_phrase(some[-1], size=False)}"
     elif accident < 0.11:
         words = caption.split()
-        caption = " ".join(words[: rng.randint(max(2, len(words) // 2), len(words))]) + rng.choice((" and a", " and", " on a"))
+        caption = " ".join(words[: rng.randint(max(2, len(words) // 2), len(words))]) + rng.choice(
+            (" and a", " and", " on a")
+        )
     return caption
 
 
@@ -145,8 +148,8 @@ def _lexicon() -> dict[str, tuple[str, bool]]:
 def parse(caption: str) -> tuple[dict[str, Claim], str | None]:
     """Reads a caption back: object name -> what is claimed (first mention wins), and the background colour or None.
 
-    A number or size belongs to the next noun; "a" and "an" say one; a bare plural says no number. A colour is the background's
-    when "background" or "picture" follows it.
+    A number or size belongs to the next noun; "a" and "an" say one; a bare plural says no number. A colour is the
+    background's when "background" or "picture" follows it.
     """
     words = re.findall(r"[a-z]+", caption.lower())
     lexicon, numbers = _lexicon(), {word: n for n, word in NUMBERS.items()} | {"a": 1, "an": 1}

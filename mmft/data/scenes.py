@@ -1,8 +1,9 @@
 """EmojiScenes: pictures composed from emoji sprites, with captions, questions and an exact scene graph.
 
-A scene holds one to four kinds of object, each with a count, a size and a place, on one of eight backgrounds. It is a pure
-function of (seed, split, index): infinite, deterministic, composed on the fly. Training and held-out scenes share no combination
-of objects: a hash of the *set of names* decides the split, so a held-out picture can't be answered from memory.
+A scene holds one to four kinds of object, each with a count, a size and a place, on one of eight backgrounds. It is a
+pure function of (seed, split, index): infinite, deterministic, composed on the fly. Training and held-out scenes
+share no combination of objects: a hash of the *set of names* decides the split, so a held-out picture can't be
+answered from memory.
 
 The scene graph is the oracle (`score_caption`): it is for evaluation only and never part of a reward.
 """
@@ -175,7 +176,9 @@ def render(scene: Scene) -> Image.Image:
 
 
 class EmojiScenes:
-    """A map-style data set of scenes: `len()`, and `[i] -> Row` with picture, references, one question and the oracle."""
+    """A map-style data set of scenes: `len()`, and `[i] -> Row` with picture, references, one question and the
+    oracle.
+    """
 
     def __init__(self, size: int, split: Split = "train", seed: int = 0, prompt: str = "Describe the picture."):
         self.size, self.split, self.seed, self.prompt = size, split, seed, prompt

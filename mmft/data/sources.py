@@ -27,9 +27,17 @@ def open_source(config: ScenesConfig | ImageFolderConfig, split: str, samples: i
     Raises UserError for a folder that isn't there or holds nothing usable.
     """
     if isinstance(config, ScenesConfig):
-        return EmojiScenes(samples or config.samples, "heldout" if split == "heldout" else "train", config.seed, config.prompt)
+        return EmojiScenes(
+            samples or config.samples, "heldout" if split == "heldout" else "train", config.seed, config.prompt
+        )
     return ImageFolder(
-        config.path, config.prompt, config.columns.model_dump(), split, config.eval_fraction, config.seed, config.on_bad_row
+        config.path,
+        config.prompt,
+        config.columns.model_dump(),
+        split,
+        config.eval_fraction,
+        config.seed,
+        config.on_bad_row,
     )
 
 

@@ -17,7 +17,8 @@ _CHECK = "mmft_saved_copy"
 
 @torch.no_grad()
 def save_adapter(model: Any, folder: Path, probe: dict[str, Tensor]) -> Path:
-    """Saves a PeftModel's adapter (or a whole model) to `folder`, reads it back and compares logits on `probe`, to the bit.
+    """Saves a PeftModel's adapter (or a whole model) to `folder`, reads it back and compares logits on `probe`, to
+    the bit.
 
     The folder is written aside and renamed, so it is either the old adapter or the whole new one.
     Raises UserError when it can't be written, RuntimeError when what was read back answers differently.
@@ -40,7 +41,8 @@ def _compare(model: Any, folder: Path, probe: dict[str, Tensor]) -> None:
     active, was_training = model.active_adapter, model.training
     model.eval()
     trained = model(**probe).logits
-    model.load_adapter(str(folder), adapter_name=_CHECK)
+    with torch.random.fork_rng():  # PEFT draws initial weights before it reads: a save must not change what follows
+        model.load_adapter(str(folder), adapter_name=_CHECK)
     try:
         model.set_adapter(_CHECK)
         read_back = model(**probe).logits
@@ -50,4 +52,6 @@ def _compare(model: Any, folder: Path, probe: dict[str, Tensor]) -> None:
         model.train(was_training)
     if not torch.equal(trained, read_back):
         worst = (trained - read_back).abs().max().item()
-        raise RuntimeError(f"{folder}: the saved adapter gives other logits than the trained one (by {worst:.3g}); not saved")
+        raise RuntimeError(
+            f"{folder}: the saved adapter gives other logits than the trained one (by {worst:.3g}); not saved"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -20,22 +21,20 @@ from mmft.types import Row
 def generate(
     model: Any, prompts: Sequence[Prompt], config: GenerationConfig, pad_id: int, batch: int, scores: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """Responses of all prompts, (B, T) right-padded with `pad_id`, and if `scores` the log-probabilities they were drawn with.
+    """Responses of all prompts, (B, T) right-padded with `pad_id`, and if `scores` the log-probabilities they were
+    drawn with.
 
     Prompts are left-padded, in chunks of `batch` rows, so that every row's next token follows its own last one.
     """
+    config = copy.deepcopy(config)
+    config.update(return_dict_in_generate=True, output_scores=scores)
     responses, logprobs = [], []
     for start in range(0, len(prompts), batch):
         inputs = pad_prompts(prompts[start : start + batch], pad_id, "left")
         inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
         width = inputs["input_ids"].shape[1]
         # A copy: some models write into what they are given.
-        output = model.generate(
-            **inputs | {"input_ids": inputs["input_ids"].clone()},
-            generation_config=config,
-            return_dict_in_generate=True,
-            output_scores=scores,
-        )
+        output = model.generate(**inputs | {"input_ids": inputs["input_ids"].clone()}, generation_config=config)
         tokens = output.sequences[:, width:]
         responses.append(tokens)
         if scores:

@@ -1,6 +1,7 @@
 """The policy: a pretrained vision-language model, its processor and its LoRA adapters.
 
-Nothing here knows a model by name. What differs between families is read from the config, the processor and the modules.
+Nothing here knows a model by name. What differs between families is read from the config, the processor and the
+modules.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
@@ -65,8 +67,8 @@ def load_pretrained(config: ModelConfig, dtype: torch.dtype | None = None) -> tu
             use_safetensors=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, ImportError) as error:
-        first = str(error).strip().splitlines()[0]
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"model.path: {config.path!r} cannot be loaded: {first}") from error
     _check_weights(model, info, config.path)
     model.eval()
@@ -74,13 +76,19 @@ def load_pretrained(config: ModelConfig, dtype: torch.dtype | None = None) -> tu
 
 
 def load_adapter(config: ModelConfig, adapter: Path, dtype: torch.dtype | None = None) -> Policy:
-    """The checkpoint with adapters from a PEFT folder, for inference."""
+    """The checkpoint with adapters from a PEFT folder, or weights that were trained in full; for inference."""
+    if not (adapter / "adapter_config.json").is_file():
+        _, processor = load_pretrained(config, dtype)
+        model = AutoModelForImageTextToText.from_pretrained(adapter, dtype=dtype, use_safetensors=True)
+        return Policy(model.eval(), processor)
     model, processor = load_pretrained(config, dtype)
     return Policy(PeftModel.from_pretrained(model, str(adapter)).eval(), processor)
 
 
 def _check_weights(model: nn.Module, info: dict[str, Any], path: str) -> None:
-    """transformers loads a checkpoint with missing or broken tensors with a warning at most; training on it is for nothing."""
+    """transformers loads a checkpoint with missing or broken tensors with a warning at most; training on it is for
+    nothing.
+    """
     if info.get("missing_keys"):
         missing = sorted(info["missing_keys"])
         raise UserError(f"model.path: {path!r} lacks {len(missing)} weights, the first is {missing[0]}")
@@ -110,8 +118,8 @@ def language_model(model: nn.Module) -> tuple[str, nn.Module]:
 def lora_targets(model: nn.Module, wanted: str | tuple[str, ...]) -> str | list[str]:
     """PEFT's `target_modules` for `language`, `all-linear` or a list of names.
 
-    A bare list such as [q_proj] would match the vision tower too in most families, so names are confined to the language model
-    unless `all-linear` asks for everything. Returns a pattern on full module names.
+    A bare list such as [q_proj] would match the vision tower too in most families, so names are confined to the
+    language model unless `all-linear` asks for everything. Returns a pattern on full module names.
     """
     if wanted == "all-linear":
         return "all-linear"
@@ -120,7 +128,9 @@ def lora_targets(model: nn.Module, wanted: str | tuple[str, ...]) -> str | list[
     if wanted != "language":
         unknown = [name for name in wanted if name not in names]
         if unknown:
-            raise UserError(f"model.lora.target_modules: no linear layer named {unknown[0]!r}; there are {', '.join(names)}")
+            raise UserError(
+                f"model.lora.target_modules: no linear layer named {unknown[0]!r}; there are {', '.join(names)}"
+            )
         names = list(wanted)
     if not names:
         raise UserError("model.lora.target_modules: the language model has no linear layers to adapt")
@@ -134,10 +144,11 @@ def _linears(language: nn.Module, model: nn.Module) -> Iterator[tuple[str, nn.Mo
 
 
 def picture_token_ids(model: nn.Module, processor: Any) -> list[int]:
-    """Ids that stand for pictures (placeholders, boundaries): sampled, they would corrupt every later pass. Never allowed.
+    """Ids that stand for pictures (placeholders, boundaries): sampled, they would corrupt every later pass. Never
+    allowed.
 
-    From every `*image*_token*` attribute of the config and its parts, of the processor and of the tokenizer. Ids outside the
-    output vocabulary cannot be sampled and are left out.
+    From every `*image*_token*` attribute of the config and its parts, of the processor and of the tokenizer. Ids
+    outside the output vocabulary cannot be sampled and are left out.
     """
     tokenizer = getattr(processor, "tokenizer", processor)
     found: set[int] = set()

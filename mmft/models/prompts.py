@@ -1,7 +1,7 @@
 """Prompts as the model reads them: one row each, unpadded, so that a batch of any rows can be made at any padding side.
 
-A picture's tensors stay with its prompt. Whatever picks, permutes or repeats rows therefore moves pictures along with them;
-there is no second index that could go wrong.
+A picture's tensors stay with its prompt. Whatever picks, permutes or repeats rows therefore moves pictures along with
+them; there is no second index that could go wrong.
 """
 
 from __future__ import annotations
@@ -44,18 +44,25 @@ class PromptBuilder:
         return int(self.tokenizer.pad_token_id)
 
     def __call__(self, row: Row) -> Prompt:
-        """Raises UserError for a prompt that holds the picture placeholder: it would stand for a picture that isn't there."""
+        """Raises UserError for a prompt that holds the picture placeholder: it would stand for a picture that isn't
+        there.
+        """
         placeholder = getattr(self.processor, "image_token", None)
         if placeholder and placeholder in row.prompt:
             raise UserError(f"row {row.id}: the prompt holds the picture placeholder {placeholder!r}; remove it")
         text = self._text(row)
+        bos = self.tokenizer.bos_token
+        # A template may write BOS itself; the tokenizer must not add a second one.
+        options = {"return_tensors": "pt", "add_special_tokens": not (bos and text.startswith(bos))}
         if row.image is None:
-            encoded = self.tokenizer(text, return_tensors="pt")
+            encoded = self.tokenizer(text, **options)
         else:
-            encoded = self.processor(text=[text], images=[row.image], return_tensors="pt")
+            encoded = self.processor(text=[text], images=[row.image], **options)
         unsupported = [name for name in _TOKEN_INPUTS if name in encoded and self.processor is not self.tokenizer]
         if unsupported:
-            raise UserError(f"this model's processor returns {', '.join(unsupported)}, which mmft does not extend over answers yet")
+            raise UserError(
+                f"this model's processor returns {', '.join(unsupported)}, which mmft does not extend over answers yet"
+            )
         skip = {"input_ids", "attention_mask", "labels", "token_type_ids"}
         pictures = {name: value for name, value in encoded.items() if name not in skip and isinstance(value, Tensor)}
         return Prompt(encoded["input_ids"][0], pictures)
@@ -82,7 +89,9 @@ def prompts_of(batch: dict[str, Any]) -> list[Prompt]:
 
 
 def pad_prompts(prompts: Sequence[Prompt], pad_id: int, side: Literal["left", "right"]) -> dict[str, Tensor]:
-    """Model inputs of prompts alone: `input_ids`, `attention_mask` (B, P), and their pictures in the order of the rows."""
+    """Model inputs of prompts alone: `input_ids`, `attention_mask` (B, P), and their pictures in the order of the
+    rows.
+    """
     return pad_sequences([p.input_ids for p in prompts], pad_id, side) | stack_pictures(prompts)
 
 
@@ -98,6 +107,8 @@ def pad_sequences(sequences: Sequence[Tensor], pad_id: int, side: Literal["left"
 
 
 def stack_pictures(prompts: Sequence[Prompt]) -> dict[str, Tensor]:
-    """Picture tensors of the rows, one after the other along their first dimension. Rows without a picture add nothing."""
+    """Picture tensors of the rows, one after the other along their first dimension. Rows without a picture add
+    nothing.
+    """
     names = dict.fromkeys(name for p in prompts for name in p.pictures)
     return {name: torch.cat([p.pictures[name] for p in prompts if name in p.pictures]) for name in names}

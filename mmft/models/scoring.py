@@ -1,8 +1,8 @@
 """One forward pass that gives log-probabilities, entropy and values of sampled responses.
 
-Rows are repacked to [prompt | response | padding], right-padded, which every decoder reads alike. A pre-hook on the output
-embedding keeps only the hidden states that predict response tokens: the model's own head, soft-caps and scales apply to them,
-logits exist for response positions alone, and the value head reads the very same states.
+Rows are repacked to [prompt | response | padding], right-padded, which every decoder reads alike. A pre-hook on the
+output embedding keeps only the hidden states that predict response tokens: the model's own head, soft-caps and scales
+apply to them, logits exist for response positions alone, and the value head reads the very same states.
 """
 
 from __future__ import annotations
@@ -22,18 +22,23 @@ from mmft.models.prompts import Prompt, pad_sequences, stack_pictures
 
 @dataclass(frozen=True)
 class TokenScores:
-    """logprobs_BT: log pi of each response token; entropy_BT: of the distribution it came from; value_BT: V(s_t), or None."""
+    """logprobs_BT: log pi of each response token; entropy_BT: of the distribution it came from; value_BT: V(s_t), or
+    None.
+    """
 
     logprobs_BT: Tensor
     entropy_BT: Tensor | None
     value_BT: Tensor | None
 
 
-def pack(prompts: Sequence[Prompt], responses_BT: Tensor, mask_BT: Tensor, pad_id: int) -> tuple[dict[str, Tensor], Tensor]:
-    """Model inputs of [prompt | kept response | padding], and index_BT, the position whose output predicts response token t.
+def pack(
+    prompts: Sequence[Prompt], responses_BT: Tensor, mask_BT: Tensor, pad_id: int
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Model inputs of [prompt | kept response | padding], and index_BT, the position whose output predicts response
+    token t.
 
-    index_BT runs one past the response where the batch is wide enough: V of the state after the last token. Positions beyond
-    a row's own text point at its last token and mean nothing.
+    index_BT runs one past the response where the batch is wide enough: V of the state after the last token. Positions
+    beyond a row's own text point at its last token and mean nothing.
     """
     lengths = mask_BT.sum(1).tolist()
     sequences = [torch.cat([p.input_ids, r[:n].cpu()]) for p, r, n in zip(prompts, responses_BT, lengths, strict=True)]
@@ -46,7 +51,9 @@ def pack(prompts: Sequence[Prompt], responses_BT: Tensor, mask_BT: Tensor, pad_i
 
 @contextmanager
 def response_states(model: nn.Module, index_BT: Tensor) -> Iterator[dict[str, Tensor]]:
-    """While open, the model's output embedding sees only the states at index_BT; they are left in the dict as `states`."""
+    """While open, the model's output embedding sees only the states at index_BT; they are left in the dict as
+    `states`.
+    """
     head = model.get_output_embeddings()
     if head is None:
         raise ValueError(f"{type(model).__name__} names no output embedding, so its log-probabilities cannot be read")
@@ -64,18 +71,35 @@ def response_states(model: nn.Module, index_BT: Tensor) -> Iterator[dict[str, Te
 
 
 class PolicyWithCritic(nn.Module):
-    """The policy and its critic as one module: what the optimizer sees, what accelerate wraps, and one forward for both."""
+    """The policy and its critic as one module: what the optimizer sees, what accelerate wraps, and one forward for
+    both.
+    """
 
-    def __init__(self, policy: nn.Module, critic: nn.Module, banned_ids: Sequence[int], temperature: float):
+    def __init__(
+        self,
+        policy: nn.Module,
+        critic: nn.Module,
+        banned_ids: Sequence[int],
+        temperature: float,
+        stops: Sequence[int] = (),
+        min_new_tokens: int = 0,
+    ):
         super().__init__()
         self.policy = policy
         # Under TRL's name: its saving and generation look there.
         self.value_model = critic
         self.temperature = temperature
+        self.min_new_tokens = min_new_tokens
         self.register_buffer("banned", torch.tensor(sorted(banned_ids), dtype=torch.long), persistent=False)
+        self.register_buffer("stops", torch.tensor(sorted(stops), dtype=torch.long), persistent=False)
 
     def forward(
-        self, inputs: dict[str, Tensor], index_BT: Tensor, responses_BT: Tensor, values: bool = True, with_entropy: bool = True
+        self,
+        inputs: dict[str, Tensor],
+        index_BT: Tensor,
+        responses_BT: Tensor,
+        values: bool = True,
+        with_entropy: bool = True,
     ) -> TokenScores:
         """Scores of responses_BT at index_BT (see `pack`); gradients flow unless the caller turned them off."""
         with response_states(self.policy, index_BT) as kept:
@@ -88,9 +112,12 @@ class PolicyWithCritic(nn.Module):
 
     def without_banned(self, logits_BTV: Tensor) -> Tensor:
         """What sampling cannot choose has no probability, here as there."""
-        if not len(self.banned):
-            return logits_BTV
-        return logits_BTV.index_fill(-1, self.banned, float("-inf"))
+        if len(self.banned):
+            logits_BTV = logits_BTV.index_fill(-1, self.banned, float("-inf"))
+        if self.min_new_tokens and len(self.stops):
+            early, rest = logits_BTV[:, : self.min_new_tokens], logits_BTV[:, self.min_new_tokens :]
+            logits_BTV = torch.cat([early.index_fill(-1, self.stops, float("-inf")), rest], 1)
+        return logits_BTV
 
     def _values(self, states_BTD: Tensor, inputs: dict[str, Tensor], index_BT: Tensor) -> Tensor:
         if isinstance(self.value_model, ValueHead):

@@ -1,4 +1,6 @@
-"""From what was sampled and scored to what the update learns from: token rewards, advantages, returns. Pure functions."""
+"""From what was sampled and scored to what the update learns from: token rewards, advantages, returns. Pure
+functions.
+"""
 
 from __future__ import annotations
 
@@ -73,8 +75,9 @@ class ExperienceSettings:
 def make_experience(rollout: Rollout, settings: ExperienceSettings) -> Experience:
     """Token rewards (-coef * KL everywhere, the score at the end), then GAE.
 
-    `eos_credit="own"` credits the score at the last token of the response, which is EOS where there is one: the action that
-    ended the response earns what the response is worth. `"next"` is TRL's layout, one position later where there is room.
+    `eos_credit="own"` credits the score at the last token of the response, which is EOS where there is one: the
+    action that ended the response earns what the response is worth. `"next"` is TRL's layout, one position later
+    where there is room.
     """
     mask_BT = rollout.mask_BT
     scores_B = penalised_scores(rollout.scores_B, rollout.finished_B, settings.missing_eos_penalty)
@@ -91,8 +94,8 @@ def make_experience(rollout: Rollout, settings: ExperienceSettings) -> Experienc
     if settings.whiten_advantages:
         advantage_BT = masked_whiten(advantage_BT, mask_BT)
     return Experience(
-        mask_BT, value_mask_BT, rollout.logprobs_BT, value_BT, advantage_BT.masked_fill(~mask_BT, 0.0), return_BT, kl_BT,
-        non_score_BT, reward_BT, td.loss,
+        mask_BT, value_mask_BT, rollout.logprobs_BT, value_BT, advantage_BT.masked_fill(~mask_BT, 0.0), return_BT,
+        kl_BT, non_score_BT, reward_BT, td.loss,
     )  # fmt: skip
 
 
@@ -119,10 +122,12 @@ def ppo_loss(
     share: float = 1.0,
     value_share: float = 1.0,
 ) -> LossOutput:
-    """PPO's loss on the rows `index` of a batch: clipped policy loss + value_coef * value loss - entropy_coef * entropy.
+    """PPO's loss on the rows `index` of a batch: clipped policy loss + value_coef * value loss - entropy_coef *
+    entropy.
 
-    Equation: E12, E14. Every mean is over kept tokens. `scores` holds the current policy's numbers for these rows. Where the rows
-    are a part of a minibatch, `share` and `value_share` are their part of its tokens, so that the parts' losses add up to its own.
+    Equation: E12, E14. Every mean is over kept tokens. `scores` holds the current policy's numbers for these rows.
+    Where the rows are a part of a minibatch, `share` and `value_share` are their part of its tokens, so that the
+    parts' losses add up to its own.
     """
     mask_BT, value_mask_BT = experience.mask_BT[index], experience.value_mask_BT[index]
     policy = ppo_clip_loss(
@@ -132,7 +137,12 @@ def ppo_loss(
         scores.value_BT, experience.value_BT[index], experience.return_BT[index], value_mask_BT, value_clip_range
     )
     loss = share * policy.loss + value_share * value_coef * value.loss
-    metrics = {**policy.metrics, **value.metrics, "loss/policy": policy.loss.detach(), "loss/value": value.loss.detach()}
+    metrics = {
+        **policy.metrics,
+        **value.metrics,
+        "loss/policy": policy.loss.detach(),
+        "loss/value": value.loss.detach(),
+    }
     if scores.entropy_BT is not None:
         entropy = masked_mean(scores.entropy_BT, mask_BT)
         loss = loss - share * entropy_coef * entropy if entropy_coef else loss

@@ -1,8 +1,8 @@
 """PPO for vision-language models: TRL's `PPOTrainer` with pictures, LoRA, a shared-trunk critic and an L2 anchor.
 
-TRL gives the constructor, accelerator, optimizer, callbacks, saving and hub plumbing; rollout, scoring, update and `train` are
-ours. Given text and a plain `PPOConfig`, the numbers are TRL's (tests/test_ppo_parity.py). Left out here: resuming, several
-models in one process, DeepSpeed ZeRO-3.
+TRL gives the constructor, accelerator, optimizer, callbacks, saving and hub plumbing; rollout, scoring, update and
+`train` are ours. Given text and a plain `PPOConfig`, the numbers are TRL's (tests/test_ppo_parity.py). Left out here:
+resuming, several models in one process, DeepSpeed ZeRO-3.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -23,18 +23,17 @@ from transformers import GenerationConfig
 from trl.experimental.ppo import PPOTrainer
 from trl.experimental.utils import get_reward
 
-from mmft.functional.masked import masked_mean
 from mmft.functional.policy import KLController
-from mmft.functional.returns import discounted_return
 from mmft.functional.schedule import learning_rate_factor
 from mmft.models.anchor import Anchor
 from mmft.models.critic import ValueHead
-from mmft.models.generation import decode
+from mmft.models.generation import decode, evaluating
 from mmft.models.policy import eos_ids, picture_token_ids
 from mmft.models.prompts import Prompt, PromptBuilder, pad_prompts, prompts_of
 from mmft.models.scoring import PolicyWithCritic
 from mmft.train import rollout as rollouts
-from mmft.train.experience import Experience, ExperienceSettings, Rollout, make_experience, penalised_scores, ppo_loss
+from mmft.train.experience import Experience, ExperienceSettings, Rollout, make_experience, ppo_loss
+from mmft.train.metrics import TRL_NAMES, rollout_metrics
 from mmft.train.ppo_config import VisionPPOConfig, setting
 from mmft.types import RewardOutput, Row, UserError
 
@@ -55,14 +54,14 @@ class VisionPPOTrainer(PPOTrainer):
     Args beyond TRL's meaning:
         args: a `VisionPPOConfig`, or TRL's `PPOConfig` for TRL's behaviour.
         processing_class: a processor, or a tokenizer for text alone.
-        reward_model: a callable `(captions, rows, finished) -> RewardOutput`, or TRL's sequence classifier (text alone).
+        reward_model: a callable `(captions, rows, finished) -> RewardOutput`, or TRL's sequence classifier.
         train_dataset: map-style; items are `mmft.types.Row`, or TRL's `input_ids` for text alone.
         value_model: None for a value head on the policy's own states, or TRL's second model (text alone).
 
     `on_rollout(step, rollout)`, if set, sees every batch before the update.
     """
 
-    _tag_names = ["mmft", "trl", "ppo"]
+    _tag_names: ClassVar = ["mmft", "trl", "ppo"]
 
     def __init__(
         self,
@@ -86,7 +85,10 @@ class VisionPPOTrainer(PPOTrainer):
             data_collator = self.builder.collate
         if not isinstance(reward_model, nn.Module):
             reward_model = CallableReward(reward_model)
-        stop_token, args.stop_token = args.stop_token, None  # TRL's would ask a processor for a tokenizer's eos_token_id
+        stop_token, args.stop_token = (
+            args.stop_token,
+            None,
+        )  # TRL's would ask a processor for a tokenizer's eos_token_id
         super().__init__(
             args,
             self.builder.tokenizer if data_collator is None else processing_class,
@@ -110,7 +112,9 @@ class VisionPPOTrainer(PPOTrainer):
         return eos_ids(model, processing_class) if args.stop_token == "eos" else ()
 
     def _set_up_data(self) -> None:
-        """Groups of `samples_per_prompt` come from a loader of fewer rows; too small a data set would never fill a batch."""
+        """Groups of `samples_per_prompt` come from a loader of fewer rows; too small a data set would never fill a
+        batch.
+        """
         args, group = self.args, setting(self.args, "samples_per_prompt")
         rows = args.local_batch_size // group
         if len(self.train_dataset) < rows * args.world_size:
@@ -122,9 +126,11 @@ class VisionPPOTrainer(PPOTrainer):
             torch.manual_seed(self.local_seed)
 
     def create_optimizer_and_scheduler(self, num_training_steps: int) -> None:
-        """TRL calls this when the policy is ready: the place to put our policy and critic in the place of its own wrapper."""
+        """TRL calls this when the policy is ready: the place to put our policy and critic in the place of its own
+        wrapper.
+        """
         args = self.args
-        self.model = PolicyWithCritic(self.policy_model, self.value_model, self.banned, args.temperature + 1e-7)
+        self.model = self._scorer(self.policy_model, self.value_model)
         self.model.config = self.policy_model.config
         if not isinstance(args, VisionPPOConfig) or self.optimizer is not None:
             super().create_optimizer_and_scheduler(num_training_steps)
@@ -156,24 +162,27 @@ class VisionPPOTrainer(PPOTrainer):
             experience = make_experience(rollout, self._experience_settings())
             stats = self._update(rollout, experience, orders)
             self._log_step(rollout, experience, stats, time.perf_counter() - started)
-            self.kl.update(experience.kl_BT.sum(1).mean().item(), self.args.batch_size)
+            kl = self.accelerator.reduce(experience.kl_BT.sum(1).mean(), "mean")
+            self.kl.update(kl.item(), self.args.batch_size)
             self.lr_scheduler.step()
             self._end_step()
         self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
 
     def _rollout(self, batch: dict[str, Any], order: list[list[Tensor]]) -> Rollout:
-        """Samples a response for each row and scores it; old log-probabilities come from the first epoch's own micro-batches."""
+        """Samples a response for each row and scores it; old log-probabilities come from the first epoch's own
+        micro-batches.
+        """
         args, pad_id = self.args, self.builder.pad_id
         group = setting(args, "samples_per_prompt")
         prompts = [p for p in prompts_of(batch) for _ in range(group)]
         rows = [row for row in batch.get("rows", []) for _ in range(group)]
         policy = self.accelerator.unwrap_model(self.model).policy
-        policy.eval()
         first = self.state.global_step == 0
-        responses, mask, finished, sampled = rollouts.sample(
-            policy, prompts, self._generation_config(), self.stops, pad_id, args.local_rollout_forward_batch_size, first
-        )
-        policy.train()
+        size = args.local_rollout_forward_batch_size
+        with evaluating(policy):
+            responses, mask, finished, sampled = rollouts.sample(
+                policy, prompts, self._generation_config(), self.stops, pad_id, size, first
+            )
         micro = [index for minibatch in order for index in minibatch]
         scores = rollouts.score(self.model, prompts, responses, mask, micro, pad_id)
         if first and sampled is not None and setting(args, "top_p") == 1.0 and not setting(args, "top_k"):
@@ -181,14 +190,29 @@ class VisionPPOTrainer(PPOTrainer):
         reference = self._reference_logprobs(prompts, responses, mask, micro)
         captions = decode(self.builder.tokenizer, responses, mask) if rows else []
         reward = self._reward(prompts, rows, responses, captions, finished)
-        return Rollout(
+        rollout = Rollout(
             prompts, rows, responses, mask, finished, scores.logprobs_BT, reference, scores.value_BT,
             reward if isinstance(reward, Tensor) else torch.tensor(reward.total, device=mask.device),
             captions, None if isinstance(reward, Tensor) else reward,
         )  # fmt: skip
+        if first:
+            self._centre_critic(rollout)
+        return rollout
 
-    def _update(self, rollout: Rollout, experience: Experience, orders: Iterator[list[list[Tensor]]]) -> dict[str, float]:
-        """`num_ppo_epochs` passes, an optimizer step a minibatch; stops early where the policy has moved past `target_kl`."""
+    def _centre_critic(self, rollout: Rollout) -> None:
+        """A fresh value head starts at the mean score of the first batch; TRL's settings leave it where it is."""
+        critic = self.accelerator.unwrap_model(self.model).value_model
+        if isinstance(critic, ValueHead) and isinstance(self.args, VisionPPOConfig):
+            mean = float(self.accelerator.reduce(rollout.scores_B.mean(), "mean"))
+            critic.centre(mean)
+            rollout.value_BT += mean
+
+    def _update(
+        self, rollout: Rollout, experience: Experience, orders: Iterator[list[list[Tensor]]]
+    ) -> dict[str, float]:
+        """`num_ppo_epochs` passes, an optimizer step a minibatch; stops early where the policy has moved past
+        `target_kl`.
+        """
         stats: dict[str, list[float]] = defaultdict(list)
         for minibatch in itertools.chain.from_iterable(itertools.islice(orders, self.args.num_ppo_epochs)):
             approx_kl = self._accumulate(rollout, experience, minibatch, stats)
@@ -200,7 +224,11 @@ class VisionPPOTrainer(PPOTrainer):
             self._step(stats)
         means = {name: float(np.mean(values)) for name, values in stats.items()}
         ratios = stats["policy/ratio_mean"]
-        extra = {"policy/ratio_first": ratios[0], "policy/ratio_max": max(stats["policy/ratio_max"]), "ratio_var": _var(ratios)}
+        extra = {
+            "policy/ratio_first": ratios[0],
+            "policy/ratio_max": max(stats["policy/ratio_max"]),
+            "ratio_var": _var(ratios),
+        }
         return means | extra | {"update/minibatches": float(len(stats["policy/grad_norm"]))}
 
     def _accumulate(
@@ -214,7 +242,9 @@ class VisionPPOTrainer(PPOTrainer):
         for i, index in enumerate(minibatch):
             last = i + 1 == len(minibatch)
             with nullcontext() if last else self.accelerator.no_sync(self.model):
-                scores = rollouts.forward(self.model, rollout.prompts, rollout.responses_BT, rollout.mask_BT, index, pad_id)
+                scores = rollouts.forward(
+                    self.model, rollout.prompts, rollout.responses_BT, rollout.mask_BT, index, pad_id
+                )
                 share = int(experience.mask_BT[index].sum()) / tokens
                 value_share = int(experience.value_mask_BT[index].sum()) / value_tokens
                 out = ppo_loss(
@@ -229,11 +259,21 @@ class VisionPPOTrainer(PPOTrainer):
                 # accelerate divides by the accumulation steps; shares have done that already
                 self.accelerator.backward(loss * self.accelerator.gradient_accumulation_steps)
             for name, value in out.metrics.items():
-                weight = 1.0 if name.endswith("_max") else value_share if name.startswith(("value/", "loss/value")) else share
-                totals[name] = max(totals[name], float(value)) if name.endswith("_max") else totals[name] + weight * float(value)
+                weight = (
+                    1.0
+                    if name.endswith("_max")
+                    else value_share
+                    if name.startswith(("value/", "loss/value"))
+                    else share
+                )
+                totals[name] = (
+                    max(totals[name], float(value)) if name.endswith("_max") else totals[name] + weight * float(value)
+                )
             totals["loss/total"] += loss.item()
         if not np.isfinite(totals["loss/total"]):
-            raise FloatingPointError(f"the loss is {totals['loss/total']} at step {self.state.global_step + 1}; no weight was changed")
+            raise FloatingPointError(
+                f"the loss is {totals['loss/total']} at step {self.state.global_step + 1}; no weight was changed"
+            )
         for name, value in totals.items():
             stats[name].append(value)
         approx_kl = torch.tensor(totals["policy/approx_kl"], device=self.accelerator.device)
@@ -244,7 +284,9 @@ class VisionPPOTrainer(PPOTrainer):
         limit = self.args.max_grad_norm if setting(self.args, "clip_gradients") else float("inf")
         norm = float(self.accelerator.clip_grad_norm_(parameters, limit))
         if not np.isfinite(norm):
-            raise FloatingPointError(f"the gradient is {norm} at step {self.state.global_step + 1}; no weight was changed")
+            raise FloatingPointError(
+                f"the gradient is {norm} at step {self.state.global_step + 1}; no weight was changed"
+            )
         stats["policy/grad_norm"].append(norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -278,19 +320,28 @@ class VisionPPOTrainer(PPOTrainer):
             temperature=args.temperature + 1e-7,
             top_k=setting(args, "top_k"),
             top_p=setting(args, "top_p"),
+            repetition_penalty=1.0,  # what a checkpoint sets here would sample from another policy than the one trained
             do_sample=True,
             eos_token_id=list(self.stops) or None,
             pad_token_id=self.builder.pad_id,
             suppress_tokens=self.banned or None,
         )
 
-    def _reference_logprobs(self, prompts: list[Prompt], responses: Tensor, mask: Tensor, micro: list[Tensor]) -> Tensor:
+    def _scorer(self, policy: Any, critic: nn.Module) -> PolicyWithCritic:
+        args = self.args
+        early = setting(args, "min_new_tokens")
+        return PolicyWithCritic(policy, critic, self.banned, args.temperature + 1e-7, self.stops, early)
+
+    def _reference_logprobs(
+        self, prompts: list[Prompt], responses: Tensor, mask: Tensor, micro: list[Tensor]
+    ) -> Tensor:
         """The reference policy's: the adapter switched off, or the second model where one was given."""
         if self.ref_model is None:
             with self.null_ref_context():
-                return rollouts.score(self.model, prompts, responses, mask, micro, self.builder.pad_id, values=False).logprobs_BT
-        reference = PolicyWithCritic(self.ref_model, nn.Identity(), self.banned, self.args.temperature + 1e-7)
-        reference.to(responses.device)
+                return rollouts.score(
+                    self.model, prompts, responses, mask, micro, self.builder.pad_id, values=False
+                ).logprobs_BT
+        reference = self._scorer(self.ref_model, nn.Identity()).to(responses.device)
         return rollouts.score(reference, prompts, responses, mask, micro, self.builder.pad_id, values=False).logprobs_BT
 
     def _reward(
@@ -307,13 +358,15 @@ class VisionPPOTrainer(PPOTrainer):
     def _experience_settings(self) -> ExperienceSettings:
         args = self.args
         return ExperienceSettings(
-            self.kl.coef, args.kl_estimator, args.gamma, args.lam, args.whiten_rewards, setting(args, "whiten_advantages"),
-            args.missing_eos_penalty, setting(args, "eos_credit"),
+            self.kl.coef, args.kl_estimator, args.gamma, args.lam, args.whiten_rewards,
+            setting(args, "whiten_advantages"), args.missing_eos_penalty, setting(args, "eos_credit"),
         )  # fmt: skip
 
     def _begin(self) -> None:
         args, state = self.args, self.state
-        self.model.train()
+        # Dropout is off anyway; in training mode frozen batch norms would learn, and rows depend on their batch. Only
+        # recomputed activations need it.
+        self.model.train(bool(getattr(self.policy_model, "is_activation_checkpointing", False)))
         state.global_step = state.episode = 0
         state.max_steps = args.num_total_batches
         state.num_train_epochs = args.total_episodes / self.train_dataset_len
@@ -330,34 +383,16 @@ class VisionPPOTrainer(PPOTrainer):
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
     def _log_step(self, rollout: Rollout, experience: Experience, stats: dict[str, float], seconds: float) -> None:
-        """Names that TRL's PPO also logs mean what they mean there; docs/metrics.md explains each."""
-        args, mask = self.args, rollout.mask_BT
-        scores = penalised_scores(rollout.scores_B, rollout.finished_B, args.missing_eos_penalty).mean()
-        non_score = experience.non_score_reward_BT.sum(1).mean()
-        local = {
-            "objective/kl": experience.kl_BT.sum(1).mean(),
-            "objective/entropy": (-rollout.logprobs_BT * mask).sum(1).mean(),
-            "objective/non_score_reward": non_score,
-            "objective/rlhf_reward": non_score + scores,
-            "objective/scores": scores,
-            "objective/return": discounted_return(experience.reward_BT, experience.value_mask_BT, args.gamma).mean(),
-            "value/mean": masked_mean(rollout.value_BT, mask),
-            "value/td_loss": experience.td_loss,
-            "response/tokens": mask.sum(1).float().mean(),
-            "response/finished": rollout.finished_B.float().mean(),
-        }
-        if rollout.reward is not None:
-            for kind in ("raw", "normalized", "weighted"):
-                for term, values in getattr(rollout.reward, kind).items():
-                    local[f"reward/{kind}/{term}"] = torch.tensor(values, device=mask.device).mean()
-        renamed = {TRL_NAMES.get(name, name): value for name, value in stats.items()}
-        local |= {name: torch.tensor(value, device=mask.device) for name, value in renamed.items()}
+        args, device = self.args, rollout.mask_BT.device
+        local = rollout_metrics(rollout, experience, args.missing_eos_penalty, args.gamma)
+        local |= {TRL_NAMES.get(name, name): torch.tensor(value, device=device) for name, value in stats.items()}
         names = sorted(local)
         means = self.accelerator.reduce(torch.stack([local[name].float() for name in names]), "mean").tolist()
         self.state.episode += args.batch_size
         self.state.epoch = self.state.episode / self.train_dataset_len
         self.state.global_step += 1
-        eos = torch.isin(rollout.responses_BT, torch.tensor(self.stops, device=mask.device)) & mask
+        ends = self.stops or eos_ids(self.policy_model, self.builder.tokenizer)  # counted even where nothing stops
+        eos = torch.isin(rollout.responses_BT, torch.tensor(ends, device=device)) & rollout.mask_BT
         self.log(
             dict(zip(names, means, strict=True))
             | {
@@ -368,19 +403,6 @@ class VisionPPOTrainer(PPOTrainer):
                 "time/step": seconds,
             }
         )
-
-
-# What the update measures, under the names of TRL's PPO where TRL has one.
-TRL_NAMES = {
-    "policy/approx_kl": "policy/approxkl_avg",
-    "policy/clip_fraction": "policy/clipfrac_avg",
-    "loss/policy": "loss/policy_avg",
-    "loss/value": "loss/value_avg",
-    "value/clip_fraction": "val/clipfrac_avg",
-    "policy/entropy": "policy/entropy_avg",
-    "policy/ratio_mean": "val/ratio",
-    "ratio_var": "val/ratio_var",
-}
 
 
 def _var(values: list[float]) -> float:

@@ -16,8 +16,8 @@ def _setting(default: Any, text: str) -> Any:
 class VisionPPOConfig(PPOConfig):
     """TRL's `PPOConfig` with mmft's additions; a plain `PPOConfig` makes the trainer behave as TRL's own does.
 
-    Where the two differ in a default, it is because TRL's would be wrong here: responses stop at EOS, and the score is credited
-    at the EOS token itself rather than one position later.
+    Where the two differ in a default, it is because TRL's would be wrong here: responses stop at EOS, and the score
+    is credited at the EOS token itself rather than one position later.
     """
 
     stop_token: Literal["eos"] | None = _setting("eos", "What ends a response; the checkpoint's own EOS ids are used.")
@@ -29,7 +29,9 @@ class VisionPPOConfig(PPOConfig):
     gradient_checkpointing: bool = _setting(False, "Recompute activations in the backward pass.")
     num_sample_generations: int = _setting(0, "TRL's sample table; samples.jsonl takes its place.")
 
-    eos_credit: Literal["own", "next"] = _setting("own", "Where the score is credited: at EOS, or one position later (TRL).")
+    eos_credit: Literal["own", "next"] = _setting(
+        "own", "Where the score is credited: at EOS, or one position later (TRL)."
+    )
     whiten_advantages: bool = _setting(True, "Scale advantages to mean 0 and variance 1.")
     entropy_coef: float = _setting(0.0, "Weight of the entropy bonus.")
     target_kl: float | None = _setting(None, "Stop an update when its approximate KL passes this.")
@@ -47,8 +49,8 @@ class VisionPPOConfig(PPOConfig):
 # What a plain `PPOConfig` stands for: TRL's own behaviour.
 _TRL: dict[str, Any] = {
     "top_k": 0, "top_p": 1.0, "min_new_tokens": 0, "eos_credit": "next", "whiten_advantages": True, "entropy_coef": 0.0,
-    "target_kl": None, "clip_gradients": False, "kl_target": None, "kl_horizon": 10_000, "l2": 0.0, "adapter_penalty": 0.0,
-    "value_learning_rate": None, "samples_per_prompt": 1,
+    "target_kl": None, "clip_gradients": False, "kl_target": None, "kl_horizon": 10_000, "l2": 0.0,
+    "adapter_penalty": 0.0, "value_learning_rate": None, "samples_per_prompt": 1,
 }  # fmt: skip
 
 

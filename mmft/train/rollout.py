@@ -19,7 +19,13 @@ _MISMATCH = {torch.float32: 0.02, torch.bfloat16: 0.3, torch.float16: 0.1}
 
 
 def sample(
-    policy: Any, prompts: Sequence[Prompt], config: GenerationConfig, stops: Sequence[int], pad_id: int, batch: int, scores: bool
+    policy: Any,
+    prompts: Sequence[Prompt],
+    config: GenerationConfig,
+    stops: Sequence[int],
+    pad_id: int,
+    batch: int,
+    scores: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """(responses_BT, mask_BT, finished_B, sampled log-probabilities or None). Nothing is left after the first EOS."""
     responses_BT, logprobs_BT = generate(policy, prompts, config, pad_id, batch, scores)
@@ -38,7 +44,8 @@ def score(
     pad_id: int,
     values: bool = True,
 ) -> TokenScores:
-    """Log-probabilities and values of all rows, computed in the micro-batches `batches` (index tensors that cover every row).
+    """Log-probabilities and values of all rows, computed in the micro-batches `batches` (index tensors that cover
+    every row).
 
     The update's first epoch uses the same micro-batches, so its first ratio compares equal arithmetic and is exactly 1.
     """
@@ -47,7 +54,8 @@ def score(
     value_BT = torch.zeros(shape, device=responses_BT.device)
     for index in batches:
         scores = forward(model, prompts, responses_BT, mask_BT, index, pad_id, values, with_entropy=False)
-        logprobs_BT[index] = scores.logprobs_BT
+        # What fills a short row may itself be a banned token, of probability 0.
+        logprobs_BT[index] = scores.logprobs_BT.masked_fill(~mask_BT[index], 0.0)
         if scores.value_BT is not None:
             value_BT[index] = scores.value_BT
     return TokenScores(logprobs_BT, None, value_BT)
@@ -74,11 +82,12 @@ def forward(
 def check_sampling(sampled_BT: Tensor, scored_BT: Tensor, mask_BT: Tensor, dtype: torch.dtype) -> None:
     """Raises RuntimeError where the forward pass disagrees with what `generate` sampled from.
 
-    Padding, positions, per-token inputs or pictures then reach the model differently in the two, and every ratio would be wrong.
+    Padding, positions, per-token inputs or pictures then reach the model differently in the two, and every ratio
+    would be wrong.
     """
     gap = masked_mean((sampled_BT - scored_BT).abs(), mask_BT).item()
     if gap > _MISMATCH.get(dtype, 0.02):
         raise RuntimeError(
-            f"sampled and recomputed log-probabilities differ by {gap:.3f} nats a token: this model's generate() and forward() "
-            "do not see the same input, so PPO's ratios would be wrong"
+            f"sampled and recomputed log-probabilities differ by {gap:.3f} nats a token: this model's generate() and "
+            "forward() do not see the same input, so PPO's ratios would be wrong"
         )

@@ -1,0 +1,48 @@
+"""What a step logs. Names that TRL's PPO also logs mean what they mean there; docs/metrics.md explains each."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mmft.functional.masked import masked_mean
+from mmft.functional.returns import discounted_return
+from mmft.train.experience import Experience, Rollout, penalised_scores
+
+# What the update measures, under the names of TRL's PPO where TRL has one.
+TRL_NAMES = {
+    "policy/approx_kl": "policy/approxkl_avg",
+    "policy/clip_fraction": "policy/clipfrac_avg",
+    "loss/policy": "loss/policy_avg",
+    "loss/value": "loss/value_avg",
+    "value/clip_fraction": "val/clipfrac_avg",
+    "policy/entropy": "policy/entropy_avg",
+    "policy/ratio_mean": "val/ratio",
+    "ratio_var": "val/ratio_var",
+}
+
+
+def rollout_metrics(
+    rollout: Rollout, experience: Experience, missing_eos_penalty: float | None, gamma: float
+) -> dict[str, Tensor]:
+    """Means over this process's responses, name -> 0-d tensor."""
+    mask_BT = rollout.mask_BT
+    scores = penalised_scores(rollout.scores_B, rollout.finished_B, missing_eos_penalty).mean()
+    non_score = experience.non_score_reward_BT.sum(1).mean()
+    metrics = {
+        "objective/kl": experience.kl_BT.sum(1).mean(),
+        "objective/entropy": (-rollout.logprobs_BT * mask_BT).sum(1).mean(),
+        "objective/non_score_reward": non_score,
+        "objective/rlhf_reward": non_score + scores,
+        "objective/scores": scores,
+        "objective/return": discounted_return(experience.reward_BT, experience.value_mask_BT, gamma).mean(),
+        "value/mean": masked_mean(rollout.value_BT, mask_BT),
+        "value/td_loss": experience.td_loss,
+        "response/tokens": mask_BT.sum(1).float().mean(),
+        "response/finished": rollout.finished_B.float().mean(),
+    }
+    if rollout.reward is not None:
+        for kind in ("raw", "normalized", "weighted"):
+            for term, values in getattr(rollout.reward, kind).items():
+                metrics[f"reward/{kind}/{term}"] = torch.tensor(values, device=mask_BT.device).mean()
+    return metrics
