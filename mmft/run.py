@@ -66,7 +66,11 @@ def train(recipe: Recipe) -> Path:
     console.print(f"[bold]{recipe.name}[/] -> {run.path}", highlight=False)
     set_seed(recipe.train.seed)
     _quiet_loading()
-    policy = load_policy(recipe.model, device_of(recipe), dtype_of(recipe))
+    try:
+        policy = load_policy(recipe.model, device_of(recipe), dtype_of(recipe))
+    except UserError:
+        shutil.rmtree(run.path)  # nothing ran: the name stays free
+        raise
     trainer = build_trainer(job, policy, run)
     rows = _eval_rows(job)
     with console.status(f"captioning {len(rows)} {recipe.eval.split} pictures before training"):
@@ -84,8 +88,18 @@ def train(recipe: Recipe) -> Path:
     run.write_eval(record)
     write_eval_samples(run, rows, before, after, scores_before["reward"].tolist(), scores_after["reward"].tolist())
     print_evaluation(record, (run.metrics() or [{}])[-1])
+    _report_bad_rows(job, run, console)
     console.print(f"adapter: {run / 'adapter'}\nreport:  {write_report(run.path)}", highlight=False)
     return run.path
+
+
+def _report_bad_rows(job: Job, run: RunFolder, console: Console) -> None:
+    """Rows that `data.on_bad_row: skip` left out: counted on screen, listed in bad_rows.jsonl."""
+    found = [row for source in (job.train, job.heldout) for row in getattr(source, "bad_rows", [])]
+    bad = list({json.dumps(row, sort_keys=True): row for row in found}.values())
+    if bad:
+        run.write_lines("bad_rows.jsonl", bad)
+        console.print(f"skipped {len(bad)} bad rows, listed in {run / 'bad_rows.jsonl'}", highlight=False)
 
 
 def prepare(recipe: Recipe) -> Job:

@@ -30,7 +30,11 @@ def save_adapter(model: Any, folder: Path, probe: dict[str, Tensor]) -> Path:
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from error
     if hasattr(model, "peft_config"):
-        _compare(model, aside, probe)
+        try:
+            _compare(model, aside, probe)
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
     if folder.exists():
         shutil.rmtree(folder)
     os.replace(aside, folder)

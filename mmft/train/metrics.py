@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -46,3 +49,13 @@ def rollout_metrics(
             for term, values in getattr(rollout.reward, kind).items():
                 metrics[f"reward/{kind}/{term}"] = torch.tensor(values, device=mask_BT.device).mean()
     return metrics
+
+
+def add_up(totals: dict[str, float], metrics: Mapping[str, Any], share: float, value_share: float) -> None:
+    """Adds a micro-batch's metrics to its minibatch's: means by their share of the tokens, maxima as maxima."""
+    for name, value in metrics.items():
+        if name.endswith("_max"):
+            totals[name] = max(totals[name], float(value))
+        else:
+            weight = value_share if name.startswith(("value/", "loss/value")) else share
+            totals[name] += weight * float(value)

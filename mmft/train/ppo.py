@@ -33,7 +33,7 @@ from mmft.models.prompts import Prompt, PromptBuilder, pad_prompts, prompts_of
 from mmft.models.scoring import PolicyWithCritic
 from mmft.train import rollout as rollouts
 from mmft.train.experience import Experience, ExperienceSettings, Rollout, make_experience, ppo_loss
-from mmft.train.metrics import TRL_NAMES, rollout_metrics
+from mmft.train.metrics import TRL_NAMES, add_up, rollout_metrics
 from mmft.train.ppo_config import VisionPPOConfig, setting
 from mmft.types import RewardOutput, Row, UserError
 
@@ -85,10 +85,8 @@ class VisionPPOTrainer(PPOTrainer):
             data_collator = self.builder.collate
         if not isinstance(reward_model, nn.Module):
             reward_model = CallableReward(reward_model)
-        stop_token, args.stop_token = (
-            args.stop_token,
-            None,
-        )  # TRL's would ask a processor for a tokenizer's eos_token_id
+        # TRL's own handling would ask a processor for a tokenizer's eos_token_id.
+        stop_token, args.stop_token = args.stop_token, None
         super().__init__(
             args,
             self.builder.tokenizer if data_collator is None else processing_class,
@@ -258,17 +256,7 @@ class VisionPPOTrainer(PPOTrainer):
                     totals.update({name: float(value) for name, value in penalty.metrics.items()})
                 # accelerate divides by the accumulation steps; shares have done that already
                 self.accelerator.backward(loss * self.accelerator.gradient_accumulation_steps)
-            for name, value in out.metrics.items():
-                weight = (
-                    1.0
-                    if name.endswith("_max")
-                    else value_share
-                    if name.startswith(("value/", "loss/value"))
-                    else share
-                )
-                totals[name] = (
-                    max(totals[name], float(value)) if name.endswith("_max") else totals[name] + weight * float(value)
-                )
+            add_up(totals, out.metrics, share, value_share)
             totals["loss/total"] += loss.item()
         if not np.isfinite(totals["loss/total"]):
             raise FloatingPointError(
