@@ -335,7 +335,7 @@ SPOILED = {
     "nan": (spoil_nan, "holds weights that are not finite in"),
     "torn": (spoil_torn, "cannot be loaded"),
     "shape": (spoil_shape, "cannot be loaded"),
-    "gone": (spoil_gone, "cannot be loaded"),
+    "gone": (spoil_gone, "no such folder"),
     "config": (spoil_config, "cannot be loaded"),
 }
 

@@ -288,7 +288,7 @@ ERRORS = {
     case_batch: ("train.samples_per_prompt", "4 does not divide train.batch 10"),
     case_typo: ("train.stepz", "did you mean steps?"),
     case_unwritable: ("file", "cannot write"),
-    case_no_model: ("model.path", "nowhere", "cannot be loaded"),
+    case_no_model: ("model.path", "nowhere", "no such folder"),
     case_nan: ("model.path", "not finite", "lm_head.weight"),
     case_lacking: ("model.path", "lacks 1 weights", "norm"),
     case_placeholder: ("placeholder '<image>'",),

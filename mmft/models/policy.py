@@ -57,6 +57,8 @@ def load_pretrained(config: ModelConfig, dtype: torch.dtype | None = None) -> tu
     if config.quantization:
         raise UserError("model.quantization: loading in 4 or 8 bits is not supported yet; remove the key")
     path = config.resolved_path()
+    if path.startswith(("/", ".", "~")) and not Path(path).is_dir():
+        raise UserError(f"model.path: {config.path!r}: no such folder")
     wanted: Any = dtype if config.dtype == "auto" and dtype is not None else config.dtype
     try:
         processor = AutoProcessor.from_pretrained(path, trust_remote_code=config.trust_remote_code)
