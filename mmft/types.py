@@ -6,7 +6,8 @@ Shape suffixes (`logprobs_BT` is a tensor of shape B x T):
     D  hidden size                        V  vocabulary size
     K  discrete actions                   M  modalities
 Time: `value_BT[:, t]` is V(s_t), the value of the state *before* token t is chosen; `next_value_BT[:, t]` is
-V(s_{t+1}). Masks: every `*_mask` is True = keep, everywhere.
+    V(s_{t+1}).
+Masks: every `*_mask` is True = keep, everywhere.
 """
 
 from __future__ import annotations

@@ -7,11 +7,9 @@ An ordinary Llava checkpoint: SigLIP-style tower (5 x 192, 96 px, patch 12), Lla
 tokenizer of its own. Two stages, both on fresh scenes at every step:
 
 1. the tower alone learns which object covers each patch (a linear head, thrown away afterwards): dense labels teach
-it to see in
-   a fraction of the time that captions need;
+   it to see in a fraction of the time that captions need;
 2. the whole model learns the noisy captions of `scene_text.noisy_caption` (four a picture, packed) and, one in six, a
-question; the
-   patch head stays on with a small weight.
+   question; the patch head stays on with a small weight.
 
 The captions are right but terse, so greedy decoding leaves objects out that the model does see: room for
 reinforcement learning. Writes the checkpoint in bfloat16, training_log.jsonl (a line every 50 steps) and quality.json
