@@ -87,7 +87,7 @@ def train(recipe: Recipe) -> Path:
     record = evaluation_record(scores_before, scores_after, ceiling)
     run.write_eval(record)
     write_eval_samples(run, rows, before, after, scores_before["reward"].tolist(), scores_after["reward"].tolist())
-    print_evaluation(record, (run.metrics() or [{}])[-1])
+    print_evaluation(record, run.last_step())
     _report_bad_rows(job, run, console)
     console.print(f"adapter: {run / 'adapter'}\nreport:  {write_report(run.path)}", highlight=False)
     return run.path
@@ -323,8 +323,7 @@ def evaluate(target: str, data: str | None = None, overrides: Sequence[str] = ()
         sides.append(evaluate_captions(captions, rows, job.reward, ended))
     ceiling = job.reward.reference_reward(rows, leave_one_out=False)
     record = evaluation_record(sides[0], sides[1] if len(sides) > 1 else None, ceiling)
-    last = (run.metrics() or [{}])[-1] if run is not None else None
-    print_evaluation(record, last)
+    print_evaluation(record, run.last_step() if run is not None else None)
     if run is not None:
         own = data is None and not overrides
         name = "eval.json" if own else f"eval_{Path(data).name if data else 'custom'}.json"
@@ -349,13 +348,9 @@ def preview(data: ScenesConfig | ImageFolderConfig, rows: int, out: Path) -> Pat
 
 def _target(target: str, data: str | None, overrides: Sequence[str]) -> tuple[RunFolder | None, Recipe]:
     """A run folder with its own recipe, or a model under the default recipe."""
-    where = (
-        []
-        if data is None
-        else ["data.type=scenes"]
-        if data == "scenes"
-        else ["data.type=imagefolder", f"data.path={data}"]
-    )
+    where: list[str] = []
+    if data is not None:
+        where = ["data.type=scenes"] if data == "scenes" else ["data.type=imagefolder", f"data.path={data}"]
     if (Path(target) / "recipe.yaml").is_file():
         run = RunFolder(target)
         return run, load_recipe(run / "recipe.yaml", [*where, *overrides])
@@ -366,10 +361,13 @@ def _load(run: RunFolder | None, recipe: Recipe) -> Policy:
     dtype = dtype_of(recipe)
     _quiet_loading()
     if run is None:
-        return Policy(*load_pretrained(recipe.model, dtype))
-    if not (run / "adapter").is_dir():
+        policy = Policy(*load_pretrained(recipe.model, dtype))
+    elif (run / "adapter").is_dir():
+        policy = load_adapter(recipe.model, run / "adapter", dtype)
+    else:
         raise UserError(f"{run.path}: no adapter was saved here; did the training end?")
-    return load_adapter(recipe.model, run / "adapter", dtype)
+    policy.model.to(device_of(recipe))
+    return policy
 
 
 def _quiet_loading() -> None:

@@ -117,6 +117,8 @@ def test_saving_on_the_way_changes_nothing(finished: Path, tmp_path: Path) -> No
     saved = run.train(recipe(tmp_path, "train.save_every=1", "train.keep=1", "eval.every=1"))
     numbers = [line for line in read_lines(saved / "metrics.jsonl") if "objective/kl" in line]
     assert numbers == RunFolder(finished).metrics()
+    assert "objective/kl" not in RunFolder(saved).metrics()[-1], "the evaluation comes last here"
+    assert RunFolder(saved).last_step() == numbers[-1], "the table's KL and L2 are the last step's all the same"
     assert [path.name for path in (saved / "checkpoints").glob("step-*")] == ["step-2"]
     assert (saved / "checkpoints/step-2/adapter/adapter_model.safetensors").read_bytes() == (
         finished / "adapter/adapter_model.safetensors"

@@ -56,7 +56,7 @@ class ModelConfig(Block):
         description="`builtin:NAME`, a local folder, or a hub id that AutoModelForImageTextToText loads.",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Type of the frozen weights; `auto` keeps the checkpoint's."
+        "auto", description="Type of the frozen weights; `auto` follows train.precision."
     )
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the checkpoint.")
     quantization: Literal["4bit", "8bit"] | None = Field(None, description="Quantise the frozen weights (needs LoRA).")

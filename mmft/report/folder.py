@@ -121,6 +121,10 @@ class RunFolder:
     def metrics(self) -> list[dict[str, Any]]:
         return list(read_lines(self.path / METRICS))
 
+    def last_step(self) -> dict[str, Any]:
+        """The last line of metrics that a training step wrote; periodic evaluations write lines between."""
+        return next((line for line in reversed(self.metrics()) if "objective/kl" in line), {})
+
     def timing(self) -> list[dict[str, Any]]:
         return list(read_lines(self.path / TIMING))
 

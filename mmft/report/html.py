@@ -41,7 +41,7 @@ def write_report(run_dir: str | Path) -> Path:
         version=__version__,
         steps=lines[-1].get("step", len(lines)) if lines else 0,
         facts=_facts(record or {}),
-        comparisons=comparisons(record, lines[-1] if lines else None) if record else [],
+        comparisons=comparisons(record, run.last_step()) if record else [],
         summary=summary_line(record or {}),
         plots=plots,
         more_plots=more_plots,
