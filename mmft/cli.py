@@ -10,12 +10,15 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mmft import __version__
 from mmft.types import UserError
+
+if TYPE_CHECKING:
+    from mmft.config import Recipe, RewardRecipe
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -31,6 +34,8 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Look at data.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+reward_app = typer.Typer(help="Reward models: train, score.", no_args_is_help=True)
+app.add_typer(reward_app, name="reward")
 
 RecipeArgument = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A recipe file, or a name that `mmft recipes` lists.")
@@ -75,13 +80,20 @@ def evaluate(
     target: Target,
     overrides: Overrides = None,
     data: Annotated[
-        str | None, typer.Option(help="Pictures: `scenes`, or a folder with metadata.jsonl. Default: the run's own.")
+        str | None,
+        typer.Option(
+            help="Pictures: `scenes`, or a folder with metadata.jsonl; for a reward model, a file of preferences or "
+            "ratings. Default: the run's own."
+        ),
     ] = None,
 ) -> None:
-    """Measure captions on held-out pictures, with 95% intervals."""
+    """Measure captions on held-out pictures, with 95% intervals; or judge a reward model."""
     from mmft import run
 
-    run.evaluate(target, data, overrides or [])
+    if run.is_reward_model(target):
+        run.evaluate_reward(target, data, tuple(overrides or ()))
+    else:
+        run.evaluate(target, data, overrides or [])
 
 
 @app.command(epilog="Example: mmft generate runs/caption_ppo cat.jpg dog.png --prompt 'Describe the picture.'")
@@ -102,15 +114,17 @@ def generate(
 
 @app.command(epilog="Example: mmft report runs/caption_ppo --open")
 def report(
-    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or a reward model's.")],
     show: Annotated[bool, typer.Option("--open", help="Show it in a browser.")] = False,
 ) -> None:
     """Write a run's report: one self-contained HTML page."""
     if not run_dir.is_dir():
         raise UserError(f"{run_dir}: no such run folder")
+    from mmft.report.folder import is_reward_folder
     from mmft.report.html import write_report
+    from mmft.report.reward_page import write_reward_page
 
-    page = write_report(run_dir)
+    page = write_reward_page(run_dir) if is_reward_folder(run_dir) else write_report(run_dir)
     typer.echo(page)
     if show:
         typer.launch(page.resolve().as_uri())
@@ -118,10 +132,10 @@ def report(
 
 @app.command(epilog="Example: mmft recipes")
 def recipes() -> None:
-    """List the recipes at hand, each with its first line."""
-    from mmft.config import find_recipes
+    """List the recipes at hand, each with its first line: those of `mmft train`, then of `mmft reward train`."""
+    from mmft.config import REWARD_MODELS, find_recipes
 
-    found = find_recipes()
+    found = find_recipes() | {f"reward {name}": path for name, path in find_recipes(REWARD_MODELS).items()}
     if not found:
         raise UserError("no recipes here: run from a clone of mmft, or give the path of a recipe file")
     width = max(len(str(path)) for path in found.values())
@@ -138,18 +152,82 @@ def validate(
     overrides: Overrides = None,
     show: Annotated[bool, typer.Option("--show", help="Print every key with its resolved value.")] = False,
 ) -> None:
-    """Check a recipe without loading a model."""
-    from mmft.config import dump_recipe, load_recipe
+    """Check a recipe, of a policy or of a reward model, without loading a model."""
+    from mmft.config import dump_recipe, is_reward_recipe, load_recipe, load_reward_recipe
 
-    loaded = load_recipe(recipe, overrides or [])
-    if show:
-        typer.echo(dump_recipe(loaded), nl=False)
-        return
-    terms = ", ".join(term.label for term in loaded.reward.terms)
-    typer.echo(
-        f"{recipe}: valid. {loaded.algorithm.type} on {loaded.data.type}, {loaded.train.steps} steps of "
-        f"{loaded.train.batch} captions, reward: {terms}"
+    if is_reward_recipe(recipe):
+        of_reward = load_reward_recipe(recipe, overrides or [])
+        text, summary = dump_recipe(of_reward), _reward_summary(of_reward)
+    else:
+        of_policy = load_recipe(recipe, overrides or [])
+        text, summary = dump_recipe(of_policy), _policy_summary(of_policy)
+    typer.echo(text if show else f"{recipe}: valid. {summary}\n", nl=False)
+
+
+def _policy_summary(recipe: Recipe) -> str:
+    reward = ", ".join([*filter(None, [recipe.reward.model]), *(term.label for term in recipe.reward.terms)])
+    return (
+        f"{recipe.algorithm.type} on {recipe.data.type}, {recipe.train.steps} steps of {recipe.train.batch} captions, "
+        f"reward: {reward}"
     )
+
+
+def _reward_summary(recipe: RewardRecipe) -> str:
+    model, terms = recipe.model, ", ".join(term.label for term in recipe.terms)
+    network = "" if model is None else f", {model.fusion} of {model.vision} and {model.text}"
+    steps = "" if model is None else f", at most {recipe.train.steps} steps of {recipe.train.batch}"
+    return f"Reward model: {recipe.loss} on {recipe.data.type}{network}{steps}; learned weights: {terms or 'none'}"
+
+
+@reward_app.command(
+    "train", epilog="Example: mmft reward train reward_models/caption.yaml train.steps=200 model.fusion=attention"
+)
+def reward_train(
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="A file of reward_models/, or a name: caption, caption_linear, ...")
+    ],
+    overrides: Overrides = None,
+) -> None:
+    """Train a reward model; prints held-out accuracy, calibration and learned weights."""
+    from mmft.config import load_reward_recipe
+
+    loaded = load_reward_recipe(recipe, overrides or [])
+    from mmft import run
+
+    run.train_reward(loaded)
+
+
+@reward_app.command("score", epilog="Example: mmft reward score runs/caption_reward --data my_preferences.jsonl")
+def reward_score(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A reward model's folder, builtin:NAME or hub id.")],
+    data: Annotated[
+        str,
+        typer.Option(help="`scenes`, a folder with metadata.jsonl, or a .jsonl or .parquet of preferences or ratings."),
+    ],
+    limit: Annotated[int | None, typer.Option(min=1, help="Rows at most.")] = None,
+) -> None:
+    """Score captions: one JSON line each, with mean, both sigmas and every term."""
+    import json
+
+    from mmft import run
+
+    for record in run.score_captions(model, data, limit):
+        typer.echo(json.dumps(record, ensure_ascii=False))
+
+
+@reward_app.command("data", epilog="Example: mmft reward data reward_models/caption.yaml preferences.jsonl")
+def reward_data(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A file of reward_models/, or its name.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The .jsonl or .parquet to write.")],
+    overrides: Overrides = None,
+) -> None:
+    """Write the preferences or ratings that a recipe learns from to a file."""
+    from mmft.config import load_reward_recipe
+
+    loaded = load_reward_recipe(recipe, overrides or [])
+    from mmft import run
+
+    typer.echo(f"{out}: {run.write_judgements(loaded, out)} judgements")
 
 
 @data_app.command(epilog="Example: mmft data preview --rows 12 --seed 3 --out contact_sheet.png")

@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 
 from mmft.cli import main
-from mmft.config import ImageFolderConfig, Recipe, ScenesConfig, load_recipe
+from mmft.config import ImageFolderConfig, Recipe, ScenesConfig, load_recipe, load_reward_recipe
 from mmft.types import UserError
 
-COMMANDS = ["train", "eval", "generate", "report", "recipes", "validate", "data preview"]
+COMMANDS = [
+    "train", "eval", "generate", "report", "recipes", "validate", "data preview", "reward train", "reward score",
+    "reward data",
+]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -34,8 +37,13 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, ...]]:
         return record
 
     job = types.ModuleType("mmft.run")
-    for name, result in {"train": None, "evaluate": None, "generate": ["a dog"], "preview": Path("sheet.png")}.items():
+    results = {
+        "train": None, "evaluate": None, "generate": ["a dog"], "preview": Path("sheet.png"), "train_reward": None,
+        "evaluate_reward": None, "score_captions": [{"caption": "a dög", "reward": 0.5}], "write_judgements": 7,
+    }  # fmt: skip
+    for name, result in results.items():
         setattr(job, name, recorder(name, result))
+    job.is_reward_model = lambda target: target == "runs/reward"  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "mmft.run", job)
     monkeypatch.setattr("mmft.run", job, raising=False)
     return seen
@@ -71,6 +79,10 @@ def test_no_arguments_shows_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["validate", "caption_ppo", "train.batch=63"], "error: recipes/caption_ppo.yaml: train."),
         (["generate", "run", "nowhere.png"], "error: nowhere.png: no such picture"),
         (["report", "nowhere"], "error: nowhere: no such run folder"),
+        (["reward", "trian"], "error: No such command 'trian'. Did you mean 'train'?"),
+        (["reward", "train", "captoin"], "error: captoin: no such recipe; did you mean reward_models/caption.yaml?"),
+        (["reward", "train", "caption", "lr=1"], "error: command line: lr: unknown key; did you mean train.lr?"),
+        (["reward", "score", "runs/reward"], "error: Missing option '--data'"),
         (["data", "preview", "--rows", "0"], "error: Invalid value for '--rows'"),
     ],
 )
@@ -106,7 +118,26 @@ def test_train_passes_the_checked_recipe(calls: list[tuple[object, ...]]) -> Non
 def test_eval_passes_target_data_and_overrides(calls: list[tuple[object, ...]]) -> None:
     assert main(["eval", "runs/x", "eval.samples=8", "--data", "photos"]) == 0
     assert main(["eval", "runs/x"]) == 0
-    assert calls == [("evaluate", "runs/x", "photos", ["eval.samples=8"]), ("evaluate", "runs/x", None, [])]
+    assert main(["eval", "runs/reward", "eval.pictures=8", "--data", "mine.jsonl"]) == 0
+    assert calls == [
+        ("evaluate", "runs/x", "photos", ["eval.samples=8"]),
+        ("evaluate", "runs/x", None, []),
+        ("evaluate_reward", "runs/reward", "mine.jsonl", ("eval.pictures=8",)),
+    ]
+
+
+def test_reward_commands_pass_what_they_are_given(
+    calls: list[tuple[object, ...]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["reward", "train", "caption", "train.steps=3"]) == 0
+    assert main(["reward", "data", "caption_linear", "out.jsonl", "data.pictures=9"]) == 0
+    assert main(["reward", "score", "runs/reward", "--data", "scenes", "--limit", "2"]) == 0
+    assert calls == [
+        ("train_reward", load_reward_recipe("caption", ["train.steps=3"])),
+        ("write_judgements", load_reward_recipe("caption_linear", ["data.pictures=9"]), Path("out.jsonl")),
+        ("score_captions", "runs/reward", "scenes", 2),
+    ]
+    assert capsys.readouterr().out == 'out.jsonl: 7 judgements\n{"caption": "a dög", "reward": 0.5}\n'
 
 
 def test_generate_prints_a_caption_a_picture(
@@ -134,7 +165,11 @@ def test_recipes_lists_each_with_its_first_line(
 ) -> None:
     monkeypatch.chdir(repository)
     assert main(["recipes"]) == 0
-    assert "recipes/caption_ppo.yaml  A better captioner" in capsys.readouterr().out
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert [line for line in lines if line.startswith("recipes/caption_ppo.yaml A better captioner")]
+    assert [line for line in lines if line.startswith("reward_models/caption_linear.yaml The weights of BLEU")]
+    folders = [line.partition("/")[0] for line in lines]
+    assert folders == sorted(folders) and set(folders) == {"recipes", "reward_models"}
 
 
 def test_validate_says_valid_or_shows_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -144,6 +179,27 @@ def test_validate_says_valid_or_shows_everything(tmp_path: Path, capsys: pytest.
     shown = tmp_path / "shown.yaml"
     shown.write_text(capsys.readouterr().out, encoding="utf-8")
     assert load_recipe(shown) == load_recipe("caption_ppo", ["train.seed=5"])
+
+
+def test_validate_tells_a_reward_models_recipe(
+    tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By its folder, by its name, or by what is in it."""
+    monkeypatch.chdir(repository)
+    for recipe in ("reward_models/caption.yaml", "caption"):
+        assert main(["validate", recipe, "model.fusion=sum", "train.steps=7"]) == 0
+        said = capsys.readouterr().out
+        assert said.startswith(f"{recipe}: valid. Reward model: bradley_terry on scenes, sum of builtin:tiny-vlm and ")
+        assert "at most 7 steps" in said and "bleu, detail, length" in said and said.count("\n") == 1
+    assert main(["validate", "caption_linear"]) == 0
+    assert "steps" not in capsys.readouterr().out, "no network, no steps"
+    assert main(["validate", "caption_mse", "train.seed=5", "--show"]) == 0
+    shown = tmp_path / "shown.yaml"
+    shown.write_text(capsys.readouterr().out, encoding="utf-8")
+    assert main(["validate", str(shown)]) == 0
+    assert load_reward_recipe(shown) == load_reward_recipe("caption_mse", ["train.seed=5"])
+    assert main(["validate", "reward_models/caption.yaml", "loss=mes"]) == 2
+    assert capsys.readouterr().err == 'error: command line: loss: unknown value "mes"; did you mean mse?\n'
 
 
 def test_interrupt_is_one_line_and_status_130(

@@ -8,7 +8,19 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from mmft.config import ImageFolderConfig, ModelConfig, Recipe, RecipeError, dump_recipe, load_recipe
+from mmft.config import (
+    Corruptions,
+    ImageFolderConfig,
+    JudgementFile,
+    ModelConfig,
+    Recipe,
+    RecipeError,
+    RewardRecipe,
+    dump_recipe,
+    is_reward_recipe,
+    load_recipe,
+    load_reward_recipe,
+)
 from mmft.config.errors import is_model, union_members
 from mmft.types import UserError
 
@@ -83,6 +95,9 @@ def test_yaml_switches_are_words(recipe_file: Path) -> None:
     # YAML 1.1 reads a bare `on` as true
     assert load_recipe(recipe_file, ["model.encode_once=on"]).model.encode_once == "on"
     assert load_recipe(recipe_file, ["model.encode_once=off"]).model.encode_once == "off"
+    assert load_recipe(recipe_file, ["reward.tripwire.action=off"]).reward.tripwire.action == "off"
+    recipe_file.write_text(MINIMAL + "  tripwire: {action: off}\n", encoding="utf-8")
+    assert load_recipe(recipe_file).reward.tripwire.action == "off"
 
 
 def test_interpolation(recipe_file: Path) -> None:
@@ -115,7 +130,18 @@ def test_interpolation(recipe_file: Path) -> None:
         ("data=null", "data: must be a mapping of keys, got null"),
         ("logging.report_to=wandb", 'logging.report_to: must be a list, got "wandb"'),
         ("model.lora.target_modules=[q_proj, 3]", "model.lora.target_modules.1: must be a valid string, got 3"),
-        ("reward.terms=[]", "reward.terms: must have at least 1 item, got []"),
+        ("reward.terms=[]", "reward.terms: missing; list terms or set reward.model"),
+        (
+            "reward.model=builtin:caption",
+            "reward.model: nothing bundled is called 'builtin:caption'; there is builtin:",
+        ),
+        ("reward.modle=x", "reward.modle: unknown key; did you mean model?"),
+        ("reward.uncertainty_penalty=0.5", "reward.uncertainty_penalty: there is no reward.model whose uncertainty"),
+        ("reward.tripwire.action=halt", 'reward.tripwire.action: unknown value "halt"; there is warn, stop, off'),
+        ("reward.tripwire.threshold=1.5", "reward.tripwire.threshold: must be less than 1, got 1.5"),
+        ("reward.tripwire.window=1", "reward.tripwire.window: must be greater than or equal to 2, got 1"),
+        ("reward.shaping.potential.type=detial", 'reward.shaping.potential.type: unknown type "detial"; did you mean'),
+        ("reward.workers=-1", "reward.workers: must be greater than or equal to 0, got -1"),
         ("name=../../etc", 'name: "../../etc" will not do; expected: Letters, digits'),
         ("train.lr", "'train.lr': an override is written key=value"),
         ("=3", "'=3': an override is written key=value"),
@@ -147,6 +173,102 @@ def test_a_bad_override_is_one_line(recipe_file: Path, override: str, expected: 
 )
 def test_impossible_combinations(recipe_file: Path, overrides: list[str], key: str) -> None:
     assert f": {key}: " in complaint(recipe_file, *overrides)
+
+
+def test_a_learned_model_needs_no_terms(recipe_file: Path) -> None:
+    reward = load_recipe(recipe_file, ["reward={model: builtin:caption-reward, uncertainty_penalty: 0.5}"]).reward
+    assert reward.terms == () and reward.uncertainty_penalty == 0.5 and reward.shaping is None
+    beside = load_recipe(recipe_file, ["reward.model=my/reward", "reward.terms.0.weight=0"]).reward
+    assert [(term.label, term.weight) for term in beside.terms] == [("bleu", 0.0), ("length", 0.1)]
+    shaping = load_recipe(recipe_file, ["reward.shaping={beta: 0.5}"]).reward.shaping
+    assert shaping is not None and (shaping.beta, shaping.potential.type) == (0.5, "detail")
+
+
+# Recipes of reward models
+
+REWARD = """\
+loss: bradley_terry
+terms:
+  - {type: bleu}
+  - {type: length, target: [3, 9]}
+"""
+
+
+@pytest.fixture
+def reward_file(tmp_path: Path) -> Path:
+    path = tmp_path / "mine.yaml"
+    path.write_text(REWARD, encoding="utf-8")
+    return path
+
+
+def test_defaults_fill_a_minimal_reward_recipe(reward_file: Path) -> None:
+    recipe = load_reward_recipe(reward_file)
+    assert recipe.name == recipe.run_name == "mine"
+    assert recipe.model is not None and recipe.model.fusion == "cross_attention"
+    assert recipe.data.type == "scenes" and recipe.data.seed != 0, "other scenes than those policies train on"
+    assert [term.label for term in recipe.terms] == ["bleu", "length"]
+
+
+def test_a_new_type_of_judgements_drops_the_keys_of_the_old(reward_file: Path) -> None:
+    reward_file.write_text(REWARD + "data: {type: scenes, pictures: 50, pairs: 3}\n", encoding="utf-8")
+    assert load_reward_recipe(reward_file, ["data.type=file", "data.path=p.jsonl"]).data == JudgementFile(
+        path="p.jsonl"
+    )
+    source = "data.source={type: imagefolder, path: photos}"
+    expected = Corruptions(pictures=50, source=ImageFolderConfig(path="photos"))
+    assert load_reward_recipe(reward_file, ["data.type=corruptions", source]).data == expected
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["loss=bradley_tery"], 'loss: unknown value "bradley_tery"; did you mean bradley_terry?'),
+        (["loss=mse", "data.type=corruptions"], "loss: mse learns from ratings, and corruptions give preferences"),
+        (["model=null", "terms=[]"], "terms: missing; a reward without a network needs terms"),
+        (["model.hidden=30"], "model.heads: 4 does not divide hidden 30"),
+        (["model.fusoin=sum"], "model.fusoin: unknown key; did you mean fusion?"),
+        (
+            ["model.fusion=crossattention"],
+            'model.fusion: unknown value "crossattention"; did you mean cross_attention?',
+        ),
+        (
+            ["model.vision=builtin:clip"],
+            "model.vision: nothing bundled is called 'builtin:clip'; there is builtin:tiny-vlm",
+        ),
+        (["model.queries=words"], 'model.queries: unknown value "words"; there is text, image, all'),
+        (["model.dropout=1"], "model.dropout: must be less than 1, got 1"),
+        (["terms.1.weight=0.5"], "terms.1.weight: weights are learned, of terms as measured; remove the key"),
+        (["terms.0.normalize=zscore"], "terms.0.normalize: weights are learned"),
+        (["terms.1.name=bleu"], "terms.1.name: a term named 'bleu' is already there"),
+        (["terms.0.type=python"], 'terms.0.type: unknown type "python"; there is bleu, detail, length'),
+        (["data.type=scene"], 'data.type: unknown type "scene"; did you mean scenes?'),
+        (["data.type=file"], "data.path: missing"),
+        (["data.type=scenes", "data.annotaters={}"], "data.annotaters: unknown key; did you mean annotators?"),
+        (
+            ["data.type=scenes", "data.annotators.noise=-1"],
+            "data.annotators.noise: must be greater than or equal to 0, got -1",
+        ),
+        (["train.patience=0"], "train.patience: must be greater than or equal to 1, got 0"),
+        (["lr=1"], "lr: unknown key; did you mean train.lr?"),
+        (["reward.terms=[]"], "reward: unknown key"),
+    ],
+)
+def test_a_bad_reward_recipe_is_one_line(reward_file: Path, overrides: list[str], expected: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_reward_recipe(reward_file, overrides)
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith(f"command line: {expected}")
+
+
+def test_which_command_a_file_is_for(reward_file: Path, recipe_file: Path, repository: Path) -> None:
+    assert is_reward_recipe(reward_file) and not is_reward_recipe(recipe_file)
+    assert is_reward_recipe("caption_linear") and not is_reward_recipe("caption_ppo")
+    assert is_reward_recipe(repository / "reward_models" / "caption.yaml")
+    assert not is_reward_recipe(repository / "recipes" / "caption_ppo.yaml")
+    assert not is_reward_recipe("nowhere.yaml")
+    recipe_file.write_text(MINIMAL + "loss: mse\n", encoding="utf-8")
+    assert not is_reward_recipe(recipe_file), "a recipe with a stray key"
+    assert "loss: unknown key" in complaint(recipe_file)
 
 
 def test_a_fault_in_the_file_names_the_file(recipe_file: Path) -> None:
@@ -221,8 +343,8 @@ def _models(model: type[BaseModel]) -> Iterator[type[BaseModel]]:
 
 
 def test_every_field_is_described_and_every_block_closed() -> None:
-    models = set(_models(Recipe))
-    assert len(models) >= 18
+    models = {*_models(Recipe), *_models(RewardRecipe)}
+    assert len(models) >= 28
     for model in models:
         assert model.model_config.get("frozen")
         assert model.model_config.get("extra") == "forbid"

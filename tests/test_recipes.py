@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from mmft.config import RewardTerm, dump_recipe, find_recipes, load_recipe
+from mmft.config import REWARD_MODELS, RewardTerm, dump_recipe, find_recipes, load_recipe, load_reward_recipe
 from mmft.config.errors import kinds
 from mmft.rewards.combine import build_reward
 from mmft.rewards.terms import TERMS
 
-RECIPES = sorted((Path(__file__).resolve().parent.parent / "recipes").glob("*.yaml"))
+REPOSITORY = Path(__file__).resolve().parent.parent
+RECIPES = sorted((REPOSITORY / "recipes").glob("*.yaml"))
+REWARDS = sorted((REPOSITORY / REWARD_MODELS).glob("*.yaml"))
 
 
 def test_there_are_recipes() -> None:
@@ -49,6 +51,39 @@ def test_found_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipe_builds_its_reward(path: Path) -> None:
     build_reward(load_recipe(path).reward)
+
+
+# Reward models
+
+
+def test_there_are_reward_models() -> None:
+    losses = {load_reward_recipe(path).loss for path in REWARDS}
+    assert losses == {"bradley_terry", "mse", "aleatoric"}
+    assert "caption" in [path.stem for path in REWARDS]
+
+
+@pytest.mark.parametrize("path", REWARDS, ids=lambda path: path.stem)
+def test_reward_recipe_parses_and_round_trips(path: Path, tmp_path: Path) -> None:
+    recipe = load_reward_recipe(path)
+    assert load_reward_recipe(path.stem) == recipe
+    again = tmp_path / path.name
+    again.write_text(dump_recipe(recipe), encoding="utf-8")
+    assert load_reward_recipe(again) == recipe
+
+
+@pytest.mark.parametrize("path", REWARDS, ids=lambda path: path.stem)
+def test_reward_recipe_opens_with_its_manual(path: Path) -> None:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    header = lines[: lines.index("")]
+    assert all(line.startswith("#") for line in header)
+    assert len(header[0]) > 40 and f"mmft reward train reward_models/{path.name}" in "\n".join(header)
+
+
+def test_the_choice_of_a_reward_model_is_explained() -> None:
+    guide = (REPOSITORY / REWARD_MODELS / "README.md").read_text(encoding="utf-8")
+    assert all(f"`{path.name}`" in guide for path in REWARDS)
+    fusions = ("sum", "weighted_sum", "attention", "cross_attention", "shared_attention", "coupled")
+    assert all(f"`{fusion}`" in guide for fusion in fusions)
 
 
 def test_schema_and_registry_have_the_same_terms() -> None:

@@ -22,8 +22,10 @@ from transformers import AutoModelForImageTextToText, set_seed
 from mmft import run
 from mmft.cli import main
 from mmft.config import ModelConfig, load_recipe
+from mmft.models.policy import load_policy
 from mmft.models.prompts import PromptBuilder, pad_prompts
 from mmft.report.folder import RunFolder, read_lines
+from mmft.run.training import build_trainer
 from mmft.types import UserError
 
 SMALL = (
@@ -68,7 +70,7 @@ def test_every_step_and_every_sample_are_logged(finished: Path) -> None:
         assert line["policy/ratio_first"] == 1.0
         assert not [name for name in line if "time" in name]
         assert all(value is not None for value in line.values())
-    assert {"objective/kl", "anchor/l2_distance", "reward/raw/bleu", "reward/weighted/detail"} <= set(metrics[0])
+    assert {"objective/kl", "anchor/l2_distance", "reward/raw/bleu", "reward/weighted/network"} <= set(metrics[0])
     assert [sample["step"] for sample in samples] == [1] * 8 + [2] * 8
     for sample in samples:
         weighted = sum(term["weighted"] for term in sample["terms"].values())
@@ -91,8 +93,8 @@ def test_the_adapter_is_plain_peft_and_gives_the_trained_logits(finished: Path, 
     """Trained once more by the same seed: the model in memory against the one that PEFT alone loads from the folder."""
     job = run.prepare(recipe(tmp_path))
     set_seed(job.recipe.train.seed)
-    policy = run.load_policy(job.recipe.model, "cpu", torch.float32)
-    run.build_trainer(job, policy, RunFolder.create(tmp_path, "again")).train()
+    policy = load_policy(job.recipe.model, "cpu", torch.float32)
+    build_trainer(job, policy, RunFolder.create(tmp_path, "again")).train()
     builder = PromptBuilder(policy.processor)
     inputs = pad_prompts([builder(job.heldout[i]) for i in range(3)], builder.pad_id, "left")
     base = AutoModelForImageTextToText.from_pretrained(ModelConfig().resolved_path(), dtype=torch.float32)
@@ -318,7 +320,7 @@ def test_data_errors_come_before_the_model(tmp_path: Path, monkeypatch: pytest.M
     def loaded(*arguments: Any) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(run, "load_policy", loaded)
+    monkeypatch.setattr("mmft.run.training.load_policy", loaded)
     for case in (case_no_references, case_unwritable, case_no_folder):
         (tmp_path / case.__name__).mkdir()
         assert main(case(tmp_path / case.__name__)) == 2

@@ -1,46 +1,74 @@
-"""The recipe: its schema (`schema`), reading and writing (`load`), one-line errors (`errors`). Imports no torch."""
+"""Recipes: schemas (`schema`, `reward`, `reward_recipe`), reading and writing (`load`), one-line errors (`errors`).
 
+Imports no torch.
+"""
+
+from mmft.config.base import BUILTIN_PREFIX, resolve
 from mmft.config.errors import RecipeError
-from mmft.config.load import dump_recipe, find_recipes, load_recipe
-from mmft.config.schema import (
-    BUILTIN_PREFIX,
-    AnchorConfig,
+from mmft.config.load import (
+    RECIPES,
+    REWARD_MODELS,
+    dump_recipe,
+    find_recipes,
+    is_reward_recipe,
+    load_recipe,
+    load_reward_recipe,
+)
+from mmft.config.reward import (
     BadEndingTerm,
     BleuTerm,
+    DetailTerm,
+    LengthTerm,
+    PythonTerm,
+    RepetitionTerm,
+    RewardConfig,
+    RewardTerm,
+    ShapingConfig,
+    TripwireConfig,
+)
+from mmft.config.reward_recipe import (
+    AnnotatorsConfig,
+    Corruptions,
+    JudgementFile,
+    RewardModelConfig,
+    RewardRecipe,
+    SimulatedJudgements,
+)
+from mmft.config.schema import (
+    AnchorConfig,
     ColumnsConfig,
     DataConfig,
-    DetailTerm,
     EvalConfig,
     GenerationConfig,
     HubConfig,
     ImageFolderConfig,
     KLConfig,
-    LengthTerm,
     LoggingConfig,
     LoraConfig,
     ModelConfig,
     PPOAlgorithm,
-    PythonTerm,
     Recipe,
-    RepetitionTerm,
-    RewardConfig,
-    RewardTerm,
     ScenesConfig,
     TrainConfig,
 )
 
 __all__ = [
     "BUILTIN_PREFIX",
+    "RECIPES",
+    "REWARD_MODELS",
     "AnchorConfig",
+    "AnnotatorsConfig",
     "BadEndingTerm",
     "BleuTerm",
     "ColumnsConfig",
+    "Corruptions",
     "DataConfig",
     "DetailTerm",
     "EvalConfig",
     "GenerationConfig",
     "HubConfig",
     "ImageFolderConfig",
+    "JudgementFile",
     "KLConfig",
     "LengthTerm",
     "LoggingConfig",
@@ -52,10 +80,18 @@ __all__ = [
     "RecipeError",
     "RepetitionTerm",
     "RewardConfig",
+    "RewardModelConfig",
+    "RewardRecipe",
     "RewardTerm",
     "ScenesConfig",
+    "ShapingConfig",
+    "SimulatedJudgements",
     "TrainConfig",
+    "TripwireConfig",
     "dump_recipe",
     "find_recipes",
+    "is_reward_recipe",
     "load_recipe",
+    "load_reward_recipe",
+    "resolve",
 ]

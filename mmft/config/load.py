@@ -7,33 +7,36 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from mmft.config.errors import RecipeError, element_type, is_model, kinds, nearest, summarize, union_members
+from mmft.config.reward_recipe import RewardRecipe
 from mmft.config.schema import Recipe
 
+RECIPES, REWARD_MODELS = "recipes", "reward_models"  # folders of what `mmft train` and `mmft reward train` take
 COMMAND_LINE = "command line"
+R = TypeVar("R", bound=BaseModel)
 _KEY = re.compile(r"\w+(\.\w+)*")
 
 
-def recipe_folders() -> list[Path]:
+def recipe_folders(kind: str = RECIPES) -> list[Path]:
     """Where recipes are looked for by name: the working folder's, a clone's, an installed wheel's."""
     return [
-        Path("recipes"),
-        Path(__file__).resolve().parents[2] / "recipes",
-        Path(sys.prefix) / "share" / "mmft" / "recipes",
+        Path(kind),
+        Path(__file__).resolve().parents[2] / kind,
+        Path(sys.prefix) / "share" / "mmft" / kind,
     ]
 
 
-def find_recipes() -> dict[str, Path]:
+def find_recipes(kind: str = RECIPES) -> dict[str, Path]:
     """Name -> file of every recipe at hand; the first folder that has a name wins."""
     found: dict[str, Path] = {}
-    for folder in recipe_folders():
+    for folder in recipe_folders(kind):
         for path in sorted(folder.glob("*.yaml")):
             found.setdefault(path.stem, path)
     return dict(sorted(found.items()))
@@ -47,7 +50,31 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         A mapping as value replaces the block. A new `type` drops the file's keys that the new type does not have.
     Raises RecipeError, whose message is one line naming the file (or the command line), the key, and what is wrong.
     """
-    file = _find(path)
+    return _load(path, overrides, Recipe, RECIPES)
+
+
+def load_reward_recipe(path: str | Path, overrides: Sequence[str] = ()) -> RewardRecipe:
+    """The same for a reward model's recipe: a YAML file, or the name of a shipped one (`caption`)."""
+    return _load(path, overrides, RewardRecipe, REWARD_MODELS)
+
+
+def is_reward_recipe(path: str | Path) -> bool:
+    """Whether `path` is for `mmft reward train`: a name or a file of `reward_models`, or a file with such keys.
+
+    A file that holds keys of both kinds is a recipe of `mmft train`, whose errors then name the keys that it lacks.
+    """
+    file = Path(path)
+    if not file.is_file():
+        return str(path) in find_recipes(REWARD_MODELS) and str(path) not in find_recipes()
+    if file.resolve().parent.name in (RECIPES, REWARD_MODELS):
+        return file.resolve().parent.name == REWARD_MODELS
+    keys = {str(key) for key in _read(file)}
+    reward, policy = set(RewardRecipe.model_fields), set(Recipe.model_fields)
+    return bool(keys & (reward - policy)) and not keys & (policy - reward)
+
+
+def _load(path: str | Path, overrides: Sequence[str], schema: type[R], kind: str) -> R:
+    file = _find(path, kind)
     config = _read(file)
     config.setdefault("name", file.stem)
     assigned = [_split(override) for override in overrides]
@@ -59,28 +86,28 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     except OmegaConfBaseException as error:
         raise RecipeError(f"{file}: {_first_line(error)}") from error
     set_keys = [key for key, _ in assigned]
-    _drop_foreign_keys(raw, Recipe, "", _types(from_file), set_keys)
+    _drop_foreign_keys(raw, schema, "", _types(from_file), set_keys)
     try:
         # JSON is pydantic's strict mode with lists for tuples: "3" is no number and 1 is no boolean.
-        return Recipe.model_validate_json(json.dumps(raw), strict=True)
+        return schema.model_validate_json(json.dumps(raw), strict=True)
     except ValidationError as error:
-        key, complaint = summarize(error.errors(), Recipe)
+        key, complaint = summarize(error.errors(), schema)
     where = COMMAND_LINE if _from_command_line(key, set_keys, from_file) else file
     raise RecipeError(f"{where}: {key}: {complaint}")
 
 
-def dump_recipe(recipe: Recipe) -> str:
+def dump_recipe(recipe: BaseModel) -> str:
     """The resolved recipe as YAML that `load_recipe` reads back as an equal recipe."""
     return OmegaConf.to_yaml(OmegaConf.create(recipe.model_dump(mode="json")))
 
 
-def _find(path: str | Path) -> Path:
+def _find(path: str | Path, kind: str) -> Path:
     file = Path(path)
     if file.is_file():
         return file
     if file.is_dir():
         raise RecipeError(f"{path}: a folder, not a recipe file")
-    shipped = find_recipes()
+    shipped = find_recipes(kind)
     if str(path) in shipped:
         return shipped[str(path)]
     suggestion = nearest(file.stem, shipped)

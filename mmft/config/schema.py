@@ -7,31 +7,12 @@ they are used and never stored here.
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-BUILTIN_PREFIX = "builtin:"
-BUILTIN_MODELS = ("tiny-vlm",)
-ASSETS = Path(__file__).resolve().parent.parent / "assets"
-
-
-def conflict(key: str, text: str) -> PydanticCustomError:
-    """A rule of ours that is broken, reported at `key` relative to where it is checked ("": right there)."""
-    return PydanticCustomError("conflict", "{text}", {"text": text, "key": key})
-
-
-def _yaml_switch(value: Any) -> Any:
-    """YAML 1.1 reads a bare `on` or `off` as a boolean; give the words back."""
-    return ("on" if value else "off") if isinstance(value, bool) else value
-
-
-class Block(BaseModel):
-    """Base of every block: immutable, no unknown keys, no NaN or infinity."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
+from mmft.config.base import BUILTIN_MODELS, BUILTIN_PREFIX, Block, bundled, conflict, resolve, yaml_switch
+from mmft.config.reward import RewardConfig
 
 
 class LoraConfig(Block):
@@ -61,7 +42,7 @@ class ModelConfig(Block):
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the checkpoint.")
     quantization: Literal["4bit", "8bit"] | None = Field(None, description="Quantise the frozen weights (needs LoRA).")
     lora: LoraConfig | None = Field(LoraConfig(), description="Adapters; null fine-tunes every weight.")
-    encode_once: Annotated[Literal["auto", "on", "off"], BeforeValidator(_yaml_switch)] = Field(
+    encode_once: Annotated[Literal["auto", "on", "off"], BeforeValidator(yaml_switch)] = Field(
         "auto",
         description="Encode each distinct picture once and reuse its features; `auto`: when the tower is frozen.",
     )
@@ -69,10 +50,7 @@ class ModelConfig(Block):
     @field_validator("path")
     @classmethod
     def _known_builtin(cls, path: str) -> str:
-        if path.startswith(BUILTIN_PREFIX) and path.removeprefix(BUILTIN_PREFIX) not in BUILTIN_MODELS:
-            names = ", ".join(BUILTIN_PREFIX + name for name in BUILTIN_MODELS)
-            raise conflict("", f"no bundled model {path!r}; there is {names}")
-        return path
+        return bundled(path, BUILTIN_MODELS)
 
     @model_validator(mode="after")
     def _possible(self) -> ModelConfig:
@@ -85,9 +63,7 @@ class ModelConfig(Block):
 
     def resolved_path(self) -> str:
         """What `from_pretrained` is given: a bundled model's folder, or the path or hub id as written."""
-        if self.path.startswith(BUILTIN_PREFIX):
-            return str(ASSETS / self.path.removeprefix(BUILTIN_PREFIX))
-        return self.path
+        return resolve(self.path)
 
 
 class ScenesConfig(Block):
@@ -123,102 +99,6 @@ class ImageFolderConfig(Block):
 
 
 DataConfig = Annotated[ScenesConfig | ImageFolderConfig, Field(discriminator="type")]
-
-
-class TermBase(Block):
-    """What every reward term has."""
-
-    name: str | None = Field(None, pattern=r"^\w+$", description="Name in logs; null uses the type.")
-    weight: float = Field(1.0, ge=0, description="Factor in the sum; costs are subtracted by their own sign.")
-    normalize: Literal["none", "minmax", "zscore"] = Field(
-        "none", description="Put the term on a common scale by running statistics before weighting."
-    )
-
-    @property
-    def label(self) -> str:
-        """The name under which the term is logged."""
-        return self.name or self.type  # type: ignore[attr-defined]
-
-
-class BleuTerm(TermBase):
-    """Sentence BLEU against all references, from 0 to 1 (sacrebleu)."""
-
-    type: Literal["bleu"] = Field("bleu", description="Overlap of word n-grams with the references.")
-    max_order: int = Field(4, ge=1, le=8, description="Longest n-gram.")
-    smoothing: Literal["exp", "floor", "add-k", "none"] = Field(
-        "exp", description="What replaces an n-gram order without matches (Chen and Cherry 2014)."
-    )
-    smooth_value: float | None = Field(None, ge=0, description="k of add-k or the floor; null: sacrebleu's default.")
-
-
-class DetailTerm(TermBase):
-    """Specific content shared with the references, weighted by how informative it is."""
-
-    type: Literal["detail"] = Field("detail", description="Informative words and bindings, not a word count.")
-    beta: float = Field(1.0, gt=0, le=10, description="F-beta: above 1 favours recall, below 1 precision.")
-    idf_power: float = Field(1.0, ge=0, le=4, description="Exponent on inverse document frequency; 0 counts alike.")
-    binding_weight: float = Field(1.0, ge=0, description="Worth of a pair (red, apple) or a relation beside a word.")
-    consensus: float = Field(0.5, ge=0, le=1, description="1: what more references say counts more; 0: counts alike.")
-    hallucination_penalty: float = Field(0.0, ge=0, description="What a wholly unsupported caption loses.")
-
-
-class LengthTerm(TermBase):
-    """A cost for each word outside a target band."""
-
-    type: Literal["length"] = Field("length", description="Words too few or too many (a cost).")
-    target: tuple[int, int] = Field((4, 20), description="[low, high]: lengths in words that cost nothing.")
-
-    @field_validator("target")
-    @classmethod
-    def _ordered(cls, target: tuple[int, int]) -> tuple[int, int]:
-        low, high = target
-        if not 0 <= low < high:
-            raise conflict("", f"must be [low, high] with 0 <= low < high, got [{low}, {high}]")
-        return target
-
-
-class RepetitionTerm(TermBase):
-    """A cost for saying the same thing again."""
-
-    type: Literal["repetition"] = Field("repetition", description="Share of repeated content (a cost).")
-    ngram: int = Field(2, ge=1, le=8, description="A run of this many content words said before is a repeat.")
-
-
-class BadEndingTerm(TermBase):
-    """A cost for captions that stop in the middle."""
-
-    type: Literal["bad_ending"] = Field("bad_ending", description="Cut off, or ends on a function word (a cost).")
-
-
-class PythonTerm(TermBase):
-    """Any function `f(captions, rows) -> list of float`."""
-
-    type: Literal["python"] = Field("python", description="Your own function.")
-    function: str = Field(
-        pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$", description="`module:function`, importable where mmft runs."
-    )
-    sign: Literal[1, -1] = Field(1, description="1: a reward; -1: a cost.")
-
-
-RewardTerm = Annotated[
-    BleuTerm | DetailTerm | LengthTerm | RepetitionTerm | BadEndingTerm | PythonTerm, Field(discriminator="type")
-]
-
-
-class RewardConfig(Block):
-    """A weighted sum of terms (equations E28 and E34)."""
-
-    terms: tuple[RewardTerm, ...] = Field(min_length=1, description="The terms, each logged raw, normalised, weighted.")
-
-    @model_validator(mode="after")
-    def _usable(self) -> RewardConfig:
-        labels = [term.label for term in self.terms]
-        for index, label in enumerate(labels):
-            if label in labels[:index]:
-                raise conflict(f"terms.{index}.name", f"a term named {label!r} is already there; give it another name")
-        if not any(term.weight for term in self.terms):
-            raise conflict("terms", "every weight is 0, so there is nothing to learn")
-        return self
 
 
 class PPOAlgorithm(Block):

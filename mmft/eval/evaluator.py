@@ -89,7 +89,16 @@ def _against_oracle(captions: list[str], rows: list[Row]) -> dict[str, list[floa
         score_caption(text, row.scene) if row.scene is not None else {}
         for text, row in zip(captions, rows, strict=True)
     ]
-    return {name: [float(of_one.get(key, math.nan)) for of_one in found] for name, key in ORACLE.items()}
+    scores = {name: [float(of_one.get(key, math.nan)) for of_one in found] for name, key in ORACLE.items()}
+    pairs = zip(scores["oracle_precision"], scores["oracle_recall"], strict=True)
+    return {**scores, "oracle_f1": [_f1(precision, recall) for precision, recall in pairs]}
+
+
+def _f1(precision: float, recall: float) -> float:
+    """Of the objects named; 0 for a caption that names none, NaN without an oracle."""
+    if math.isnan(recall):
+        return math.nan
+    return 2 * precision * recall / (precision + recall) if precision > 0 else 0.0
 
 
 def evaluation_record(

@@ -1,4 +1,4 @@
-"""Means with bootstrap intervals, of one set of samples and of the difference between two paired sets."""
+"""Means with bootstrap intervals: of samples, of clustered samples, and of the difference between two paired sets."""
 
 from __future__ import annotations
 
@@ -32,6 +32,34 @@ def summarise(scores: Mapping[str, Sequence[float] | np.ndarray], seed: int = 0,
     return _intervals(names, values_NM, seed, resamples)
 
 
+def clustered(
+    values: Mapping[str, Sequence[float] | np.ndarray],
+    clusters: Sequence[str],
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+) -> Summary:
+    """The mean of every metric over N samples, with a bootstrap that draws whole clusters.
+
+    Judgements of one picture are not independent: drawn one by one they would give intervals that are too short. The
+    mean itself is over samples, so a picture with more of them counts for more. NaN as in `summarise`. A paired
+    difference is `clustered({"a - b": a - b}, clusters)`.
+
+    Args:
+        values: metric -> N floats, the same N for all.
+        clusters: the picture of each of the N samples.
+    Returns:
+        metric -> {"mean", "low", "high"}.
+    Source: Davison and Hinkley, Bootstrap Methods and their Application (1997), section 3.8.
+    """
+    if not values:
+        return {}
+    names, values_NM = _matrix(values)
+    if len(clusters) != len(values_NM):
+        raise ValueError(f"{len(values_NM)} samples, but clusters of {len(clusters)}")
+    _, cluster_N = np.unique(np.asarray(clusters, dtype=np.str_), return_inverse=True)
+    return _intervals(names, values_NM, seed, resamples, cluster_N.reshape(-1))
+
+
 def compare(
     before: Mapping[str, Sequence[float] | np.ndarray],
     after: Mapping[str, Sequence[float] | np.ndarray],
@@ -63,11 +91,15 @@ def _matrix(scores: Mapping[str, Sequence[float] | np.ndarray]) -> tuple[list[st
     return list(columns), np.stack(list(columns.values()), axis=1)
 
 
-def _intervals(names: list[str], values_NM: np.ndarray, seed: int, resamples: int) -> Summary:
+def _intervals(
+    names: list[str], values_NM: np.ndarray, seed: int, resamples: int, cluster_N: np.ndarray | None = None
+) -> Summary:
     defined_NM = np.isfinite(values_NM)
-    filled_NM = np.where(defined_NM, values_NM, 0.0)
-    mean_M = _divide(filled_NM.sum(axis=0), defined_NM.sum(axis=0))
-    means_RM = np.concatenate(list(_resampled(filled_NM, defined_NM.astype(np.float64), seed, resamples)))
+    filled_NM, count_NM = np.where(defined_NM, values_NM, 0.0), defined_NM.astype(np.float64)
+    mean_M = _divide(filled_NM.sum(axis=0), count_NM.sum(axis=0))
+    if cluster_N is not None:  # a cluster is drawn as one: its sums and counts stand for it
+        filled_NM, count_NM = _sums(filled_NM, cluster_N), _sums(count_NM, cluster_N)
+    means_RM = np.concatenate(list(_resampled(filled_NM, count_NM, seed, resamples)))
     tail = 100 * (1 - LEVEL) / 2
     summary: Summary = {}
     for m, name in enumerate(names):
@@ -77,16 +109,23 @@ def _intervals(names: list[str], values_NM: np.ndarray, seed: int, resamples: in
     return summary
 
 
-def _resampled(filled_NM: np.ndarray, defined_NM: np.ndarray, seed: int, resamples: int) -> Iterator[np.ndarray]:
-    """Means of R resamples, in chunks. How often each sample is drawn is all a mean needs, so a chunk of resamples
-    is one matrix product for all metrics."""
+def _sums(values_NM: np.ndarray, cluster_N: np.ndarray) -> np.ndarray:
+    """(C, M): the sum of each of C clusters."""
+    sums_CM = np.zeros((int(cluster_N.max()) + 1, values_NM.shape[1]))
+    np.add.at(sums_CM, cluster_N, values_NM)
+    return sums_CM
+
+
+def _resampled(filled_NM: np.ndarray, count_NM: np.ndarray, seed: int, resamples: int) -> Iterator[np.ndarray]:
+    """Means of R resamples, in chunks, from the sums and counts of N samples or clusters. How often each is drawn is
+    all a mean needs, so a chunk of resamples is one matrix product for all metrics."""
     rng = np.random.default_rng(seed)
     n = len(filled_NM)
     share = np.full(n, 1.0 / n)
     chunk = max(1, _CHUNK // n)
     for start in range(0, resamples, chunk):
-        count_RN = rng.multinomial(n, share, size=min(chunk, resamples - start)).astype(np.float64)
-        yield _divide(count_RN @ filled_NM, count_RN @ defined_NM)
+        drawn_RN = rng.multinomial(n, share, size=min(chunk, resamples - start)).astype(np.float64)
+        yield _divide(drawn_RN @ filled_NM, drawn_RN @ count_NM)
 
 
 def _divide(total: np.ndarray, count: np.ndarray) -> np.ndarray:

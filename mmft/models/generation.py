@@ -66,6 +66,14 @@ def decode(tokenizer: Any, responses_BT: Tensor, mask_BT: Tensor) -> list[str]:
     return [text.strip() for text in tokenizer.batch_decode(kept, skip_special_tokens=True)]
 
 
+def prefixes_of(tokenizer: Any, responses_BT: Tensor, mask_BT: Tensor) -> list[list[str]]:
+    """The text before each token t = 0 .. T-1 of each response; after its end, the whole of it."""
+    width = responses_BT.shape[1]
+    cut = [row[keep][:t].tolist() for row, keep in zip(responses_BT, mask_BT, strict=True) for t in range(width)]
+    texts = [text.strip() for text in tokenizer.batch_decode(cut, skip_special_tokens=True)]
+    return [texts[start : start + width] for start in range(0, len(texts), width)]
+
+
 def caption(policy: Policy, rows: Sequence[Row], max_new_tokens: int, batch: int = 64) -> tuple[list[str], list[bool]]:
     """Greedy captions of rows, and which of them ended by themselves."""
     builder = PromptBuilder(policy.processor)

@@ -160,6 +160,15 @@ class RunFolder:
         return path
 
 
+def is_reward_folder(path: str | Path) -> bool:
+    """Whether a folder is a reward model's: its config.json says so."""
+    config = Path(path) / "config.json"
+    try:
+        return json.loads(config.read_text(encoding="utf-8")).get("model_type") == "caption_reward"
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
 def write_atomic(path: Path, data: bytes) -> None:
     """Writes beside the target, forces it to disk, then renames: a crash leaves the old file or the new one."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")

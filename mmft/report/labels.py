@@ -51,6 +51,7 @@ LABELS: dict[str, Label] = {
     "finished": Label("Finished", +1, percent=True),
     "oracle_precision": Label("Oracle precision", +1, percent=True),
     "oracle_recall": Label("Oracle recall", +1, percent=True),
+    "oracle_f1": Label("Oracle F1", +1, percent=True),
     "oracle_hallucination": Label("Oracle hallucination", -1, percent=True),
     "oracle_attribute": Label("Oracle attributes", +1, percent=True),
     "oracle_count": Label("Oracle counts", +1, percent=True),
@@ -58,7 +59,9 @@ LABELS: dict[str, Label] = {
     "anchor/l2_distance": Label("L2 distance"),
 }
 # Terms that are costs: less is better. A term of the user's own has no direction here.
-_TERMS = {"bleu": +1, "detail": +1, "length": -1, "repetition": -1, "bad_ending": -1}
+_TERMS = {
+    "bleu": +1, "detail": +1, "length": -1, "repetition": -1, "bad_ending": -1, "network": +1, "uncertainty": -1,
+}  # fmt: skip
 
 
 def label(name: str) -> Label:

@@ -32,6 +32,8 @@ PANELS: tuple[Panel, ...] = (
     Panel("Reward", "The mean reward of what was sampled at each step.", ("reward/mean", "objective/scores")),
     Panel("Terms, as measured", "Each term before normalising and weighting.", ("reward/raw/*",)),
     Panel("Terms, as weighted", "What each adds to the reward.", ("reward/weighted/*",)),
+    Panel("Held-out metric", "Not part of the reward: if it falls while the reward rises, the reward is being gamed.",
+          ("guard/*",)),
     Panel("KL to the reference", "How far sampling has moved from the reference.", ("objective/kl", "policy/kl")),
     Panel("Entropy", "Near zero the policy has stopped exploring.", ("policy/entropy", "policy/entropy_avg")),
     Panel("L2 distance", "Between the weights and the pretrained weights.", ("anchor/l2_distance",)),

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from mmft.functional.normalize import RunningStats, minmax, zscore
+from mmft.rewards.parallel import ParallelTerm
+from mmft.rewards.shaping import prefix_potentials
 from mmft.rewards.terms import Term, build_term
 from mmft.types import RewardOutput, Row, UserError
 
@@ -56,12 +59,16 @@ def caption_reward(
 
 @dataclass
 class WeightedTerm:
-    """A term as a recipe lists it: named (a term type may be listed twice), weighted and normalised."""
+    """A term as a recipe lists it: named (a term type may be listed twice), weighted and normalised.
+
+    training_only: it counts in training (update=True) and is only reported in evaluation.
+    """
 
     name: str
     term: Term
     weight: float = 1.0
     normalize: str = "none"
+    training_only: bool = False
     stats: RunningStats = field(default_factory=RunningStats)
 
     def __post_init__(self) -> None:
@@ -95,14 +102,24 @@ class WeightedTerm:
         return [float(v) for v in zscore(values, self.stats.mean, self.stats.std)]
 
 
+@dataclass
+class Shaping:
+    """Potential-based shaping (E15): weight, and the term whose value of a partial caption is the potential."""
+
+    beta: float
+    term: Term
+
+
 class RewardFunction:
     """R of B captions from weighted terms: `check` the data, `fit` on the training rows, then call.
 
     Normalisers learn from calls with update=True (training) and are frozen with update=False (evaluation). `state_dict`
-    holds all that was learned, JSON-ready. No term sees the oracle: rows pass through `Row.for_reward`.
+    holds all that was learned, JSON-ready. No term sees the oracle: rows pass through `Row.for_reward`. `shaping` is
+    not part of R: a trainer asks for `potentials` and adds them to the rewards of single tokens.
     """
 
-    def __init__(self, terms: Sequence[WeightedTerm]):
+    def __init__(self, terms: Sequence[WeightedTerm], shaping: Shaping | None = None):
+        self.shaping = shaping
         names = [term.name for term in terms]
         if not names:
             raise UserError("the reward has no terms")
@@ -113,7 +130,7 @@ class RewardFunction:
 
     def check(self, rows: Iterable[Row]) -> None:
         """Raises UserError, naming term and row, when a row lacks the references that a term needs."""
-        needing = next((name for name, entry in self.terms.items() if entry.term.needs_references), None)
+        needing = next((name for name, term in self._all_terms().items() if term.needs_references), None)
         if needing is None:
             return
         for row in rows:
@@ -122,11 +139,21 @@ class RewardFunction:
 
     def fit(self, rows: Iterable[Row]) -> None:
         """Lets terms collect statistics from training rows. Pictures are not kept, so rows may be any lazy iterable."""
-        fitting = [entry.term for entry in self.terms.values() if entry.term.needs_fit]
+        fitting = [term for term in self._all_terms().values() if term.needs_fit]
         if fitting:
             texts = [dataclasses.replace(row.for_reward(), image=None) for row in rows]
             for term in fitting:
                 term.fit(texts)
+
+    def _all_terms(self) -> dict[str, Term]:
+        shaping = {"shaping": self.shaping.term} if self.shaping is not None else {}
+        return {name: entry.term for name, entry in self.terms.items()} | shaping
+
+    def potentials(self, prefixes: Sequence[Sequence[str]], rows: Sequence[Row]) -> list[list[float]]:
+        """Phi(s_t) of the partial captions before each token, for the trainer's `shaped_reward`."""
+        if self.shaping is None:
+            raise ValueError("this reward has no shaping")
+        return prefix_potentials(self.shaping.term, prefixes, rows)
 
     def __call__(
         self,
@@ -145,8 +172,10 @@ class RewardFunction:
             output.raw[name] = entry.measure(texts, visible, finished)
         for name, entry in self.terms.items():
             output.normalized[name] = entry.normalized(output.raw[name], update)
-            output.weighted[name] = [entry.signed_weight * value for value in output.normalized[name]]
-        return dataclasses.replace(output, total=self._total(output.normalized, len(texts)))
+            weight = 0.0 if entry.training_only and not update else entry.signed_weight
+            output.weighted[name] = [weight * value for value in output.normalized[name]]
+        counted = {n: v for n, v in output.normalized.items() if update or not self.terms[n].training_only}
+        return dataclasses.replace(output, total=self._total(counted, len(texts)))
 
     def _total(self, values: Mapping[str, list[float]], count: int) -> list[float]:
         """E34 for the caption terms, E28 for it together with the others."""
@@ -167,15 +196,20 @@ class RewardFunction:
         False scores each against all, itself included, as a policy's captions are. Statistics stay as they are. NaN
         when no row is left.
         """
-        means = []
+        captions: list[str] = []
+        targets: list[Row] = []
+        sizes: list[int] = []
         for row in rows:
             references, k = row.references, len(row.references)
-            if k < (2 if leave_one_out else 1):
-                continue
-            targets = [references[:i] + references[i + 1 :] if leave_one_out else references for i in range(k)]
-            totals = self(references, [dataclasses.replace(row, references=t) for t in targets], update=False).total
-            means.append(math.fsum(totals) / k)
-        return math.fsum(means) / len(means) if means else math.nan
+            if k >= (2 if leave_one_out else 1):
+                sizes.append(k)
+                captions += references
+                others = [references[:i] + references[i + 1 :] if leave_one_out else references for i in range(k)]
+                targets += [dataclasses.replace(row, references=t) for t in others]
+        if not captions:
+            return math.nan
+        totals = iter(self(captions, targets, update=False).total)
+        return math.fsum(math.fsum(itertools.islice(totals, k)) / k for k in sizes) / len(sizes)
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -192,13 +226,53 @@ class RewardFunction:
             entry.term.load_state_dict(state[name]["term"])
 
 
-def build_reward(config: RewardConfig) -> RewardFunction:
-    """The reward of a recipe.
+def build_reward(config: RewardConfig, device: str = "cpu") -> RewardFunction:
+    """The reward of a recipe: the terms of `config`, and those of its learned model with their learned weights.
 
-    config: `recipe.reward`, whose `terms` hold type, name, weight, normalize and the options of their type.
+    config: `recipe.reward`, whose `terms` hold type, name, weight, normalize and the options of their type. A term
+    listed beside a model takes the place of the model's term of that name; one with weight 0 is left out.
+    device: where a learned model runs.
+
+    Raises UserError for a model that is not there, and for terms that are not.
     """
-    terms = []
+    terms = {term.name: term for term in _learned_terms(config, device)}
     for entry in config.terms:
         options = entry.model_dump(exclude={"type", "name", "weight", "normalize"})
-        terms.append(WeightedTerm(entry.label, build_term(entry.type, **options), entry.weight, entry.normalize))
-    return RewardFunction(terms)
+        term = (
+            ParallelTerm(entry.type, options, config.workers) if config.workers else build_term(entry.type, **options)
+        )
+        terms[entry.label] = WeightedTerm(entry.label, term, entry.weight, entry.normalize)
+        if config.model is not None and not entry.weight:
+            del terms[entry.label]
+    shaping = None
+    if config.shaping is not None and config.shaping.beta:
+        potential = config.shaping.potential
+        options = potential.model_dump(exclude={"type", "name", "weight", "normalize"})
+        shaping = Shaping(config.shaping.beta, build_term(potential.type, **options))
+    return RewardFunction(list(terms.values()), shaping)
+
+
+def _learned_terms(config: RewardConfig, device: str) -> list[WeightedTerm]:
+    if config.model is None:
+        return []
+    # Here, not above: a reward of plain terms needs no transformers, nor do the processes of `ParallelTerm`.
+    from mmft.models.reward import load_reward_model
+    from mmft.rewards import learned
+
+    model = load_reward_model(config.model, device)
+    weights = learned.learned_weights(model.config)
+    terms = [
+        WeightedTerm(learned.label_of(entry), learned.term_of(entry), weights[learned.label_of(entry)])
+        for entry in model.config.terms
+    ]
+    if model.fusion is None:
+        if config.uncertainty_penalty:
+            raise UserError(f"reward.uncertainty_penalty: {config.model!r} has no network, so no uncertainty")
+        return terms
+    network = learned.NetworkTerm(model)
+    uncertainty = learned.UncertaintyTerm(network)
+    return [
+        *terms,
+        WeightedTerm(learned.NETWORK, network, weights[learned.NETWORK]),
+        WeightedTerm(learned.UNCERTAINTY, uncertainty, config.uncertainty_penalty, training_only=True),
+    ]

@@ -22,11 +22,13 @@ class Term:
     """One measure of captions.
 
     needs_references: rows must hold reference captions. needs_fit: `fit` must see the training rows first.
+    needs_images: rows must hold their pictures, in other processes too.
     sign: +1 when more is better, -1 for a cost; weights in recipes are never negative.
     """
 
     needs_references: ClassVar[bool] = False
     needs_fit: ClassVar[bool] = False
+    needs_images: ClassVar[bool] = False
     sign: int = 1
 
     def fit(self, rows: Sequence[Row]) -> None:
@@ -169,6 +171,8 @@ class BadEndingTerm(Term):
 @register("python")
 class PythonTerm(Term):
     """A function of the user's: `module:function`, called as f(captions, rows) -> one number a caption."""
+
+    needs_images = True  # it may look
 
     def __init__(self, function: str, sign: int = 1):
         if sign not in (1, -1):

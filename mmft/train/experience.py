@@ -16,6 +16,7 @@ from mmft.functional.returns import credit_score, gae, td_loss
 from mmft.functional.value import clipped_value_loss
 from mmft.models.prompts import Prompt
 from mmft.models.scoring import TokenScores
+from mmft.rewards.shaping import shaped_reward
 from mmft.types import LossOutput, RewardOutput, Row
 
 
@@ -26,6 +27,7 @@ class Rollout:
     responses_BT: sampled tokens, padding after the end; mask_BT: the response up to and including EOS.
     logprobs_BT, ref_logprobs_BT: under the sampling and the reference policy; value_BT: V(s_t).
     scores_B: the reward of each response, before penalties; finished_B: whether it ended with EOS.
+    potential_BT: Phi(s_t) where the reward is shaped. watched: metrics that are logged with the batch.
     """
 
     prompts: list[Prompt]
@@ -39,6 +41,8 @@ class Rollout:
     scores_B: Tensor
     captions: list[str] = field(default_factory=list)
     reward: RewardOutput | None = None
+    potential_BT: Tensor | None = None
+    watched: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -69,11 +73,12 @@ class ExperienceSettings:
     whiten_advantages: bool
     missing_eos_penalty: float | None
     eos_credit: Literal["own", "next"]
+    shaping_beta: float = 0.0
 
 
 @torch.no_grad()
 def make_experience(rollout: Rollout, settings: ExperienceSettings) -> Experience:
-    """Token rewards (-coef * KL everywhere, the score at the end), then GAE.
+    """Token rewards (-coef * KL everywhere, the score at the end, the shaping of both), then GAE.
 
     `eos_credit="own"` credits the score at the last token of the response, which is EOS where there is one: the
     action that ended the response earns what the response is worth. `"next"` is TRL's layout, one position later
@@ -85,6 +90,9 @@ def make_experience(rollout: Rollout, settings: ExperienceSettings) -> Experienc
     non_score_BT = -settings.kl_coef * kl_BT
     value_mask_BT = mask_BT if settings.eos_credit == "own" else one_longer(mask_BT)
     reward_BT = credit_score(non_score_BT, scores_B, last_index(value_mask_BT))
+    if rollout.potential_BT is not None:
+        potential_BT = rollout.potential_BT.masked_fill(~mask_BT, 0.0)
+        reward_BT = shaped_reward(reward_BT, potential_BT, value_mask_BT, settings.shaping_beta, settings.gamma)
     if settings.whiten_rewards:
         reward_BT = masked_whiten(reward_BT, value_mask_BT, shift_mean=False)
     value_BT = rollout.value_BT.masked_fill(~value_mask_BT, 0.0)

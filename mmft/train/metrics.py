@@ -44,6 +44,7 @@ def rollout_metrics(
         "response/tokens": mask_BT.sum(1).float().mean(),
         "response/finished": rollout.finished_B.float().mean(),
     }
+    metrics |= {name: torch.tensor(value, device=mask_BT.device) for name, value in rollout.watched.items()}
     if rollout.reward is not None:
         for kind in ("raw", "normalized", "weighted"):
             for term, values in getattr(rollout.reward, kind).items():

@@ -27,7 +27,7 @@ from mmft.functional.policy import KLController
 from mmft.functional.schedule import learning_rate_factor
 from mmft.models.anchor import Anchor
 from mmft.models.critic import ValueHead
-from mmft.models.generation import decode, evaluating
+from mmft.models.generation import decode, evaluating, prefixes_of
 from mmft.models.policy import eos_ids, picture_token_ids
 from mmft.models.prompts import Prompt, PromptBuilder, pad_prompts, prompts_of
 from mmft.models.scoring import PolicyWithCritic
@@ -155,6 +155,7 @@ class VisionPPOTrainer(PPOTrainer):
             started = time.perf_counter()
             orders = self._orders()
             rollout = self._rollout(next(batches), next(orders))
+            rollout.potential_BT = self._potentials(rollout)
             if self.on_rollout is not None:
                 self.on_rollout(step, rollout)
             experience = make_experience(rollout, self._experience_settings())
@@ -164,6 +165,8 @@ class VisionPPOTrainer(PPOTrainer):
             self.kl.update(kl.item(), self.args.batch_size)
             self.lr_scheduler.step()
             self._end_step()
+            if self.control.should_training_stop:
+                break
         self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
 
     def _rollout(self, batch: dict[str, Any], order: list[list[Tensor]]) -> Rollout:
@@ -343,11 +346,23 @@ class VisionPPOTrainer(PPOTrainer):
             _, scores, _ = get_reward(self.reward_model, torch.cat([queries, responses], 1), pad_id, queries.shape[1])
         return scores.float()
 
+    def _potentials(self, rollout: Rollout) -> Tensor | None:
+        """Phi(s_t) of the caption before each token, where the reward is shaped."""
+        function = getattr(self.reward_model, "function", None)
+        if getattr(function, "shaping", None) is None or not rollout.rows:
+            return None
+        mask_BT = rollout.mask_BT
+        prefixes = prefixes_of(self.builder.tokenizer, rollout.responses_BT, mask_BT)
+        phi = function.potentials(prefixes, rollout.rows)
+        return torch.tensor(phi, dtype=rollout.scores_B.dtype, device=mask_BT.device)
+
     def _experience_settings(self) -> ExperienceSettings:
         args = self.args
+        shaping = getattr(getattr(self.reward_model, "function", None), "shaping", None)
         return ExperienceSettings(
             self.kl.coef, args.kl_estimator, args.gamma, args.lam, args.whiten_rewards,
             setting(args, "whiten_advantages"), args.missing_eos_penalty, setting(args, "eos_credit"),
+            shaping.beta if shaping is not None else 0.0,
         )  # fmt: skip
 
     def _begin(self) -> None:

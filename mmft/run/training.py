@@ -1,4 +1,4 @@
-"""The jobs behind the commands: from a recipe to a trained, saved, evaluated and reported run.
+"""`mmft train`: from a recipe to a trained, saved, evaluated and reported run.
 
 Order matters: data, references and the run folder are checked before any model loads, and nothing is reported as
 trained that was not saved and read back.
@@ -24,26 +24,26 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.utils import logging as transformers_logging
 
-from mmft.config import ImageFolderConfig, Recipe, ScenesConfig, dump_recipe, load_recipe
-from mmft.data.pictures import UNREADABLE, load_picture
-from mmft.data.preview import contact_sheet
+from mmft.config import Recipe, RewardRecipe, dump_recipe
 from mmft.data.sources import Repeated, Source, open_source
 from mmft.eval.evaluator import evaluate_captions, evaluation_record
 from mmft.models.adapter_io import save_adapter
 from mmft.models.generation import caption
-from mmft.models.policy import Policy, load_adapter, load_policy, load_pretrained
+from mmft.models.policy import Policy, load_policy
 from mmft.models.prompts import PromptBuilder, pad_prompts
-from mmft.report.folder import RunFolder, clean, write_atomic
+from mmft.report.folder import RunFolder, write_atomic
 from mmft.report.html import write_report
 from mmft.report.progress import ProgressReporter
 from mmft.report.samples import write_eval_samples
 from mmft.report.table import print_evaluation
 from mmft.rewards.combine import RewardFunction, build_reward
+from mmft.run.guard import RewardGuard, choose_metric, kinds_of
 from mmft.train.experience import Rollout
 from mmft.train.ppo import VisionPPOTrainer
 from mmft.train.ppo_config import VisionPPOConfig
 from mmft.types import Row, UserError
 
+FAMILIAR_ROWS = 32  # training pictures that a learned reward is shown beforehand
 FIT_ROWS = 4000  # training rows whose references a reward's statistics come from
 
 
@@ -60,26 +60,28 @@ class Job:
 def train(recipe: Recipe) -> Path:
     """Trains, evaluates before and after, saves and reports; returns the run folder."""
     console = Console(stderr=True)
+    quiet_loading()
     job = prepare(recipe)
+    guard_metric(job)  # one that cannot guard is refused here
+    _warn_of_unfamiliar_pictures(job, console)
     run = RunFolder.create(recipe.logging.dir, recipe.run_name)
     run.write_recipe(dump_recipe(recipe))
     console.print(f"[bold]{recipe.name}[/] -> {run.path}", highlight=False)
     set_seed(recipe.train.seed)
-    _quiet_loading()
     try:
         policy = load_policy(recipe.model, device_of(recipe), dtype_of(recipe))
+        trainer = build_trainer(job, policy, run)
     except UserError:
         shutil.rmtree(run.path)  # nothing ran: the name stays free
         raise
-    trainer = build_trainer(job, policy, run)
-    rows = _eval_rows(job)
+    rows = eval_rows(job)
     with console.status(f"captioning {len(rows)} {recipe.eval.split} pictures before training"):
-        before, before_ended = _caption(policy, rows, recipe)
+        before, before_ended = caption_rows(policy, rows, recipe)
     _train(trainer, console)
     with console.status("saving"):
         save(run.path, policy, trainer, job.reward, rows[0])
     with console.status(f"captioning {len(rows)} {recipe.eval.split} pictures after training"):
-        after, after_ended = _caption(policy, rows, recipe)
+        after, after_ended = caption_rows(policy, rows, recipe)
     # Both are scored now: normalisers have moved since the start, and one ruler must measure both.
     scores_before = evaluate_captions(before, rows, job.reward, before_ended)
     scores_after = evaluate_captions(after, rows, job.reward, after_ended)
@@ -91,6 +93,21 @@ def train(recipe: Recipe) -> Path:
     _report_bad_rows(job, run, console)
     console.print(f"adapter: {run / 'adapter'}\nreport:  {write_report(run.path)}", highlight=False)
     return run.path
+
+
+def _warn_of_unfamiliar_pictures(job: Job, console: Console) -> None:
+    """A learned reward says something of any picture; of those unlike its own, that is worth little."""
+    network = next((e.term for e in job.reward.terms.values() if hasattr(e.term, "unfamiliar")), None)
+    if network is None:
+        return
+    share = network.unfamiliar([job.train[i] for i in range(min(FAMILIAR_ROWS, len(job.train)))])
+    if share > 0.5:
+        console.print(
+            f"[bold yellow]warning[/] reward.model {job.recipe.reward.model} was trained on other pictures than these "
+            f"({share:.0%} lie outside): its judgement means little here. Use caption_ppo_fixed, or train a reward "
+            "model on pictures like yours (reward_models/README.md).",
+            highlight=False,
+        )
 
 
 def _report_bad_rows(job: Job, run: RunFolder, console: Console) -> None:
@@ -107,7 +124,7 @@ def prepare(recipe: Recipe) -> Job:
     _refuse_what_is_not_there(recipe)
     source = open_source(recipe.data, "train")
     heldout = open_source(recipe.data, recipe.eval.split, recipe.eval.samples)
-    reward = build_reward(recipe.reward)
+    reward = build_reward(recipe.reward, device_of(recipe))
     reward.check(itertools.chain(source.rows_without_pictures(FIT_ROWS), heldout.rows_without_pictures(FIT_ROWS)))
     reward.fit(source.rows_without_pictures(FIT_ROWS))
     return Job(recipe, source, heldout, reward)
@@ -130,7 +147,7 @@ def _refuse_what_is_not_there(recipe: Recipe) -> None:
         raise UserError(f"logging.report_to: {str(error).splitlines()[0]}") from error
 
 
-def device_of(recipe: Recipe) -> str:
+def device_of(recipe: Recipe | RewardRecipe) -> str:
     device = recipe.train.device
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("train.device: cuda is not available here; use auto or cpu")
@@ -160,8 +177,11 @@ def build_trainer(job: Job, policy: Policy, run: RunFolder) -> VisionPPOTrainer:
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     every = recipe.logging.samples_every
+    guard = build_guard(job, policy, trainer, run)
 
     def write_samples(step: int, rollout: Rollout) -> None:
+        if guard is not None:
+            rollout.watched.update(guard.watch(rollout))
         if every and (step % every == 0 or step == 1) and rollout.reward is not None:
             run.write_samples(step, rollout.captions, rollout.rows, rollout.reward, rollout.finished_B.tolist())
 
@@ -169,7 +189,35 @@ def build_trainer(job: Job, policy: Policy, run: RunFolder) -> VisionPPOTrainer:
     trainer.add_callback(Checkpoints(run, policy, trainer, job))
     if recipe.eval.every:
         trainer.add_callback(PeriodicEvaluation(run, policy, job))
+    if guard is not None:
+        trainer.add_callback(guard)
     return trainer
+
+
+def guard_metric(job: Job) -> str | None:
+    """The metric that `reward.tripwire` watches; None where it is off or nothing can be measured. Raises UserError."""
+    config = job.recipe.reward.tripwire
+    if config.action == "off":
+        return None
+    rows = list(job.heldout.rows_without_pictures(FIT_ROWS))
+    row = next((row for row in rows if row.references or row.scene is not None), rows[0])
+    return choose_metric(config.metric, row, kinds_of(job.reward))
+
+
+def build_guard(job: Job, policy: Policy, trainer: VisionPPOTrainer, run: RunFolder) -> RewardGuard | None:
+    """The watch over a metric that is not in the reward; None where it is off or nothing can be measured."""
+    config = job.recipe.reward.tripwire
+    metric = guard_metric(job)
+    if metric is None:
+        if config.action != "off":
+            console = Console(stderr=True)
+            console.print("no tripwire: pictures have neither references nor a scene graph", highlight=False)
+        return None
+
+    def save_best(folder: Path) -> None:
+        save(folder, policy, trainer, job.reward, job.heldout[0])
+
+    return RewardGuard(metric, config, run, trainer, save_best)
 
 
 def trainer_arguments(recipe: Recipe, run: RunFolder) -> VisionPPOConfig:
@@ -269,12 +317,12 @@ class PeriodicEvaluation(TrainerCallback):
 
     def __init__(self, run: RunFolder, policy: Policy, job: Job):
         self.run, self.policy, self.job = run, policy, job
-        self.rows = _eval_rows(job)
+        self.rows = eval_rows(job)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step % self.job.recipe.eval.every:
             return
-        captions, ended = _caption(self.policy, self.rows, self.job.recipe)
+        captions, ended = caption_rows(self.policy, self.rows, self.job.recipe)
         scores = evaluate_captions(captions, self.rows, self.job.reward, ended)
         self.run.log(state.global_step, {f"eval/{name}": np.nanmean(values) for name, values in scores.items()})
 
@@ -291,94 +339,16 @@ def save(folder: Path, policy: Policy, trainer: VisionPPOTrainer, reward: Reward
     write_atomic(folder / "reward" / "state.json", json.dumps(reward.state_dict()).encode())
 
 
-def _eval_rows(job: Job) -> list[Row]:
+def eval_rows(job: Job) -> list[Row]:
     return [job.heldout[i] for i in range(min(len(job.heldout), job.recipe.eval.samples))]
 
 
-def _caption(policy: Policy, rows: Sequence[Row], recipe: Recipe) -> tuple[list[str], list[bool]]:
+def caption_rows(policy: Policy, rows: Sequence[Row], recipe: Recipe) -> tuple[list[str], list[bool]]:
     return caption(policy, rows, recipe.generation.max_new_tokens, recipe.eval.batch)
 
 
-# After training: evaluate, caption, preview.
-
-
-def evaluate(target: str, data: str | None = None, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Measures a run (its base before, its adapter after) or a bare model; prints the table and returns the record.
-
-    A run's own settings renew its `eval.json`; anything else goes to `eval_NAME.json` beside it.
-    """
-    run, recipe = _target(target, data, overrides)
-    job = prepare(recipe)
-    rows = _eval_rows(job)
-    console = Console(stderr=True)
-    if run is not None and (run / "reward" / "state.json").is_file():
-        job.reward.load_state_dict(json.loads((run / "reward" / "state.json").read_text(encoding="utf-8")))
-    sides = []
-    for trained in (None, run) if run is not None else (None,):
-        policy = _load(trained, recipe)
-        with console.status(
-            f"captioning {len(rows)} pictures with the {'base' if trained is None else 'trained'} model"
-        ):
-            captions, ended = _caption(policy, rows, recipe)
-        sides.append(evaluate_captions(captions, rows, job.reward, ended))
-    ceiling = job.reward.reference_reward(rows, leave_one_out=False)
-    record = evaluation_record(sides[0], sides[1] if len(sides) > 1 else None, ceiling)
-    print_evaluation(record, run.last_step() if run is not None else None)
-    if run is not None:
-        own = data is None and not overrides
-        name = "eval.json" if own else f"eval_{Path(data).name if data else 'custom'}.json"
-        run.write_text(name, json.dumps(clean(record), indent=2) + "\n")
-        console.print(f"written: {run / name}", highlight=False)
-    return record
-
-
-def generate(target: str, images: Sequence[Path], prompt: str | None = None) -> list[str]:
-    """Greedy captions of picture files by a run's adapter or a bare model."""
-    run, recipe = _target(target, None, ())
-    text = prompt or recipe.data.prompt
-    rows = [Row(str(path), _picture(path), text) for path in images]
-    return _caption(_load(run, recipe), rows, recipe)[0]
-
-
-def preview(data: ScenesConfig | ImageFolderConfig, rows: int, out: Path) -> Path:
-    """A contact sheet of the first training rows."""
-    source = open_source(data, "train")
-    return contact_sheet([source[i] for i in range(min(rows, len(source)))], out)
-
-
-def _target(target: str, data: str | None, overrides: Sequence[str]) -> tuple[RunFolder | None, Recipe]:
-    """A run folder with its own recipe, or a model under the default recipe."""
-    where: list[str] = []
-    if data is not None:
-        where = ["data.type=scenes"] if data == "scenes" else ["data.type=imagefolder", f"data.path={data}"]
-    if (Path(target) / "recipe.yaml").is_file():
-        run = RunFolder(target)
-        return run, load_recipe(run / "recipe.yaml", [*where, *overrides])
-    return None, load_recipe("caption_ppo", [f"model.path={target}", *where, *overrides])
-
-
-def _load(run: RunFolder | None, recipe: Recipe) -> Policy:
-    dtype = dtype_of(recipe)
-    _quiet_loading()
-    if run is None:
-        policy = Policy(*load_pretrained(recipe.model, dtype))
-    elif (run / "adapter").is_dir():
-        policy = load_adapter(recipe.model, run / "adapter", dtype)
-    else:
-        raise UserError(f"{run.path}: no adapter was saved here; did the training end?")
-    policy.model.to(device_of(recipe))
-    return policy
-
-
-def _quiet_loading() -> None:
+def quiet_loading() -> None:
     """No bar for reading weights from disk where the log is quiet too (not under `--debug`); downloads keep theirs."""
     if transformers_logging.get_verbosity() >= transformers_logging.ERROR:
         transformers_logging.disable_progress_bar()
         enable_progress_bars()
-
-
-def _picture(path: Path) -> Any:
-    try:
-        return load_picture(path)
-    except UNREADABLE as error:
-        raise UserError(f"{path}: not a picture that can be read ({error})") from error

@@ -1,0 +1,20 @@
+"""The jobs behind the commands: `training` and `inspecting` of policies, `reward_training` and `reward_inspecting`."""
+
+from mmft.run.inspecting import evaluate, generate, preview
+from mmft.run.reward_inspecting import evaluate_reward, is_reward_model, score_captions
+from mmft.run.reward_training import train_reward, write_judgements
+from mmft.run.training import Job, prepare, train
+
+__all__ = [
+    "Job",
+    "evaluate",
+    "evaluate_reward",
+    "generate",
+    "is_reward_model",
+    "prepare",
+    "preview",
+    "score_captions",
+    "train",
+    "train_reward",
+    "write_judgements",
+]
