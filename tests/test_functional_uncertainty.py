@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from mmft.functional.reward_losses import aleatoric_loss
 from mmft.functional.uncertainty import (
-    gaussian_nll,
+    distance_variance,
+    mahalanobis,
     mc_dropout_moments,
     normal_interval,
     normal_quantile,
@@ -57,20 +57,6 @@ def test_normal_interval_by_hand():
 def test_levels_are_shares(level):
     with pytest.raises(ValueError, match="between 0 and 1"):
         normal_interval(torch.zeros(1), torch.ones(1), level)
-
-
-def test_gaussian_nll_by_hand():
-    # z = (7 - 3) / 2 = 2: 1/2 4 + ln 2 + 1/2 ln 2 pi
-    nll = gaussian_nll(torch.tensor([3.0]), torch.tensor([2.0]), torch.tensor([7.0]))
-    assert_close(nll, torch.tensor([2.0 + math.log(2) + 0.5 * math.log(2 * math.pi)]))
-    normal = torch.distributions.Normal(torch.tensor(0.3), torch.tensor(0.7))
-    assert_close(gaussian_nll(normal.loc, normal.scale, torch.tensor(-1.1)), -normal.log_prob(torch.tensor(-1.1)))
-
-
-def test_aleatoric_loss_is_the_likelihood_less_its_constant():
-    mean, log_variance, target = torch.randn(3, 16).unbind()
-    nll = gaussian_nll(mean, (0.5 * log_variance).exp(), target).mean()
-    assert_close(aleatoric_loss(mean, log_variance, target).loss, nll - 0.5 * math.log(2 * math.pi))
 
 
 def test_sigma_scale_by_hand():
@@ -120,3 +106,18 @@ def test_too_few_errors_for_the_level():
 def test_sigma_scale_refuses_nonsense(error, sigma, message):
     with pytest.raises(ValueError, match=message):
         sigma_scale(torch.tensor(error), torch.tensor(sigma))
+
+
+def test_mahalanobis_by_hand() -> None:
+    """Spread 2 along the first axis and 1 along the second: d^2 = (2 / 2)^2 + 3^2 = 10 and 0 at the centre."""
+    mean, precision = torch.tensor([1.0, 0.0]), torch.diag(torch.tensor([0.25, 1.0]))
+    x = torch.tensor([[3.0, 3.0], [1.0, 0.0]])
+    assert_close(mahalanobis(x, mean, precision), torch.tensor([10.0, 0.0]))
+
+
+def test_distance_variance_by_hand() -> None:
+    """Nothing up to the limit; then prior (1 - exp(-(d^2 / limit - 1))): 4 (1 - e^-1) at twice the limit; prior far
+    away.
+    """
+    variance = distance_variance(torch.tensor([0.0, 5.0, 10.0, 1e6]), 5.0, 4.0)
+    assert_close(variance, torch.tensor([0.0, 0.0, 4 * (1 - math.exp(-1)), 4.0]))

@@ -119,16 +119,16 @@ def test_weight_0_leaves_a_term_out(folder: str, linear: str, rows: list[Row]) -
 
 
 def test_uncertainty_counts_in_training_alone(folder: str, rows: list[Row]) -> None:
-    """kappa 0.5: R - sigma / 2 in training, R in evaluation; sigma is told in both."""
+    """kappa 0.5 of a network that counts 0.5: R - sigma / 4 in training, R in evaluation; sigma is told in both."""
     penalised, plain = reward(rows, model=folder, uncertainty_penalty=0.5), reward(rows, model=folder)
     captions = captions_of(rows)
     trained, judged = penalised(captions, rows), penalised(captions, rows, update=False)
     sigma = trained.raw[UNCERTAINTY]
     assert min(sigma) > 1e-4 and sigma == judged.raw[UNCERTAINTY]
-    expected = [value - 0.5 * s for value, s in zip(plain(captions, rows).total, sigma, strict=True)]
+    expected = [value - 0.25 * s for value, s in zip(plain(captions, rows).total, sigma, strict=True)]
     assert trained.total == pytest.approx(expected)
     assert judged.total == pytest.approx(plain(captions, rows, update=False).total)
-    assert trained.weighted[UNCERTAINTY] == pytest.approx([-0.5 * s for s in sigma])
+    assert trained.weighted[UNCERTAINTY] == pytest.approx([-0.25 * s for s in sigma])
     assert judged.weighted[UNCERTAINTY] == [0.0] * len(rows)
 
 

@@ -127,7 +127,7 @@ class TestPooling:
             (3, 16, [0, 1, 2]),
             (5, 2, [1, 3]),  # a class token and 4 patches: runs 0..2 and 2..4, which share the middle one
             (6, 3, [0.5, 2.5, 4.5]),
-            (9, 4, [1, 3, 5, 7]),  # 3 x 3 does not divide into 2 x 2: runs 0..2, 2..4, 4..6, 6..8
+            (9, 4, [2, 3, 5, 6]),  # 3 x 3 into 2 x 2: squares that share the middle, (0 + 1 + 3 + 4) / 4 = 2 and so on
             (16, 5, [2.5, 4.5, 10.5, 12.5]),  # 2 x 2 squares are the most that fit
         ],
     )

@@ -131,7 +131,7 @@ class RewardConfig(Block):
         "its terms with their learned weights, and its own prediction.",
     )
     uncertainty_penalty: float = Field(
-        0.0, ge=0, description="kappa: in training, kappa * sigma of the model's prediction is subtracted."
+        0.0, ge=0, description="kappa: in training, kappa * sigma of the network's weighted score is subtracted."
     )
     shaping: ShapingConfig | None = Field(None, description="Reward for progress within a caption; null: none.")
     tripwire: TripwireConfig = Field(TripwireConfig(), description="Guard against gaming of the reward.")

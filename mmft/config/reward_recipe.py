@@ -43,7 +43,6 @@ class RewardModelConfig(Block):
     heads: int = Field(4, ge=1, description="Attention heads.")
     dropout: float = Field(0.1, ge=0, lt=1, description="In training, and sampled at use for the uncertainty.")
     mc_samples: int = Field(8, ge=1, le=1000, description="Dropout masks drawn for the epistemic uncertainty.")
-    trust_remote_code: bool = Field(False, description="Run Python code that comes with a tower's checkpoint.")
 
     @field_validator("vision", "text")
     @classmethod
@@ -122,7 +121,7 @@ class RewardEvalConfig(Block):
     """Judgement on pictures that training never saw."""
 
     pictures: int = Field(400, ge=8, description="Held-out pictures, where they can be made.")
-    fraction: float = Field(0.2, gt=0, lt=0.5, description="Share of pictures held out of a file or folder.")
+    fraction: float = Field(0.2, gt=0, lt=0.5, description="Share of pictures held out of a file of judgements.")
 
 
 class RewardLogging(Block):
@@ -163,6 +162,9 @@ class RewardRecipe(Block):
             for key, default in (("weight", 1.0), ("normalize", "none")):
                 if getattr(term, key) != default:
                     raise conflict(f"terms.{index}.{key}", "weights are learned, of terms as measured; remove the key")
+        for index, label in enumerate(labels):
+            if label in ("network", "uncertainty"):
+                raise conflict(f"terms.{index}.name", f"{label!r} is what the network's own term is called")
         if self.loss != "bradley_terry" and isinstance(self.data, Corruptions):
             raise conflict("loss", f"{self.loss} learns from ratings, and corruptions give preferences")
         return self

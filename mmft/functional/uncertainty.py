@@ -62,14 +62,6 @@ def normal_interval(mean_B: Tensor, sigma_B: Tensor, level: float = 0.9) -> tupl
     return mean_B - half_width_B, mean_B + half_width_B
 
 
-def gaussian_nll(mean_B: Tensor, sigma_B: Tensor, target_B: Tensor) -> Tensor:
-    """Negative log-density of each target in nats, the constant included; lower is better.
-
-    nll = 1/2 ((y - mean) / sigma)^2 + log sigma + 1/2 log(2 pi)
-    """
-    return 0.5 * ((target_B - mean_B) / sigma_B).square() + sigma_B.log() + 0.5 * math.log(2.0 * math.pi)
-
-
 def sigma_scale(error_B: Tensor, sigma_B: Tensor, level: float = 0.9) -> float:
     """The factor by which sigma must be multiplied so that intervals of `level` cover that share of held-out errors.
 

@@ -42,9 +42,9 @@ class CaptionRewardConfig(PreTrainedConfig):
     own weight is `network_weight`. reward_scale: what all weights are multiplied by, so that the rewards of captions
     that annotators chose have standard deviation 1.
     target_mean, target_std: of the ratings, which the network learns standardised (for preferences: what brings the
-    mean score to 0, and 1). noise_std: in units of training, for the loss that assumes one noise for all. sigma_scale:
-    what sigma is multiplied by, so that its intervals cover what they should. distance_limit, prior_std: see
-    `distance_variance`; 0: not fitted.
+    mean score of chosen captions to 0, and 1). noise_std: in units of training, for the loss that assumes one noise
+    for all. sigma_scale: what sigma is multiplied by, so that its intervals cover what they should. distance_limit,
+    prior_std: see `distance_variance`; 0: not fitted.
     """
 
     model_type = "caption_reward"
@@ -198,12 +198,12 @@ class CaptionRewardModel(PreTrainedModel):
 
     @torch.no_grad()
     def predict(self, captions: Sequence[str], rows: Sequence[Row], batch: int = 256) -> Prediction:
-        """Scores in the units of the target, with their uncertainty. Equation: E18 for the epistemic part."""
+        """Scores in the units of the target, with their uncertainty (E18 for the epistemic part), on the CPU."""
         parts = []
         for start in range(0, len(captions), batch):
             image, text = self.encode(captions[start : start + batch], rows[start : start + batch])
             parts.append(self.predict_features(image, text))
-        return Prediction(*(torch.cat([getattr(p, name) for p in parts]) for name in Prediction.__annotations__))
+        return Prediction(*(torch.cat([getattr(p, n) for p in parts]).cpu() for n in Prediction.__annotations__))
 
     @torch.no_grad()
     def predict_features(self, image: Tokens, text: Tokens, uncertainty: bool = True) -> Prediction:

@@ -106,6 +106,8 @@ class VisionTower:
                 parts.append(_no_tokens(len(chunk), self.dim, parameter))
                 continue
             pixels = self.image_processor([chunk[i] for i in seen], return_tensors="pt")["pixel_values"]
+            if pixels.dim() != 4:
+                raise UserError("reward model: the vision tower's processor gives tiles, not one picture; use another")
             hidden = self.tower(pixel_values=pixels.to(parameter.device, parameter.dtype)).last_hidden_state
             hidden = pool_patches(hidden, self.max_tokens)
             features = hidden.new_zeros(len(chunk), *hidden.shape[1:])
@@ -136,9 +138,9 @@ def pool_patches(hidden_BND: Tensor, most: int) -> Tensor:
     if n <= most:
         return hidden_BND
     side, small = math.isqrt(n), math.isqrt(most)
-    if side * side == n and side % small == 0:
+    if side * side == n:
         grid = hidden_BND.mT.unflatten(-1, (side, side)).float()
-        return nn.functional.avg_pool2d(grid, side // small).flatten(2).mT.to(hidden_BND.dtype)
+        return nn.functional.adaptive_avg_pool2d(grid, small).flatten(2).mT.to(hidden_BND.dtype)
     return nn.functional.adaptive_avg_pool1d(hidden_BND.mT.float(), most).mT.to(hidden_BND.dtype)
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 NORMALIZERS = ("none", "minmax", "zscore")
 _CAPTION_TERMS = ("bleu", "detail", "length")
+_SHAPING = "(shaping)"  # in a state dict; no term can be called so
 
 
 def weighted_sum(rewards: Mapping[str, Sequence[float]], weights: Mapping[str, float]) -> list[float]:
@@ -212,15 +213,19 @@ class RewardFunction:
         return math.fsum(math.fsum(itertools.islice(totals, k)) / k for k in sizes) / len(sizes)
 
     def state_dict(self) -> dict[str, Any]:
-        return {
+        state: dict[str, Any] = {
             name: {"stats": entry.stats.state_dict(), "term": entry.term.state_dict()}
             for name, entry in self.terms.items()
         }
+        return state if self.shaping is None else {**state, _SHAPING: self.shaping.term.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes back a `state_dict`. Raises UserError when it is of other terms."""
-        if set(state) != set(self.terms):
-            raise UserError(f"the saved reward has terms {sorted(state)}, the recipe has {sorted(self.terms)}")
+        saved = set(state) - {_SHAPING}
+        if saved != set(self.terms):
+            raise UserError(f"the saved reward has terms {sorted(saved)}, the recipe has {sorted(self.terms)}")
+        if self.shaping is not None and _SHAPING in state:
+            self.shaping.term.load_state_dict(state[_SHAPING])
         for name, entry in self.terms.items():
             entry.stats.load_state_dict(state[name]["stats"])
             entry.term.load_state_dict(state[name]["term"])
@@ -274,5 +279,8 @@ def _learned_terms(config: RewardConfig, device: str) -> list[WeightedTerm]:
     return [
         *terms,
         WeightedTerm(learned.NETWORK, network, weights[learned.NETWORK]),
-        WeightedTerm(learned.UNCERTAINTY, uncertainty, config.uncertainty_penalty, training_only=True),
+        # In the units in which the network counts, or kappa would mean something else for every model.
+        WeightedTerm(
+            learned.UNCERTAINTY, uncertainty, config.uncertainty_penalty * weights[learned.NETWORK], training_only=True
+        ),
     ]

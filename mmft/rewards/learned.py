@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from transformers.utils import cached_file
+
+from mmft.config import resolve
 from mmft.models.reward import CaptionRewardConfig, CaptionRewardModel, Prediction
 from mmft.rewards.terms import Term, build_term
 from mmft.types import Row
 
 NETWORK, UNCERTAINTY = "network", "uncertainty"
+TERMS_FILE = "terms.json"  # beside a model: what its terms have learned of the training captions
 # Of an entry of `CaptionRewardConfig.terms`: what is no option of its term.
 _NOT_OPTIONS = {
     "type", "name", "label", "normalize", "weight", "low", "high", "unconstrained", "unconstrained_low",
@@ -63,6 +69,17 @@ class UncertaintyTerm(Term):
 def term_of(entry: Mapping[str, Any]) -> Term:
     """The term of an entry of `CaptionRewardConfig.terms`."""
     return build_term(entry["type"], **{k: v for k, v in entry.items() if k not in _NOT_OPTIONS})
+
+
+def terms_of(path: str, config: CaptionRewardConfig) -> tuple[dict[str, Term], bool]:
+    """A saved model's terms by label, with the statistics they were weighted with; and whether those were there."""
+    terms = {label_of(entry): term_of(entry) for entry in config.terms}
+    file = cached_file(resolve(path), TERMS_FILE, _raise_exceptions_for_missing_entries=False)
+    if file is None:
+        return terms, not any(term.needs_fit for term in terms.values())
+    for label, state in json.loads(Path(file).read_text(encoding="utf-8")).items():
+        terms[label].load_state_dict(state)
+    return terms, True
 
 
 def label_of(entry: Mapping[str, Any]) -> str:

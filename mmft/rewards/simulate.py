@@ -79,7 +79,7 @@ def preferences(config: SimulatedJudgements, split: Split, pictures: int) -> lis
             found.append(
                 Preference(
                     picture=judged.picture, prompt=config.prompt, chosen=chosen, rejected=rejected, kind=kind,
-                    references=judged.about(chosen, rejected), annotator=f"simulated-{who}",
+                    references=judged.about(chosen, rejected), annotator=f"simulated-{who}", tie=difference == 0,
                 )
             )  # fmt: skip
     return found
@@ -107,9 +107,13 @@ def ratings(config: SimulatedJudgements, split: Split, pictures: int) -> list[Ra
 
 
 def agreement(config: SimulatedJudgements, split: Split, pictures: int) -> list[tuple[str, float]]:
-    """(picture, 1 or 0) for each pair of `preferences`: whether two different annotators choose alike."""
+    """(picture, 1 or 0) for each pair of `preferences`: whether two different annotators choose alike; none where
+    there is one annotator.
+    """
     pool = annotators(config)
     tastes = pool.tastes()
+    if len(tastes) < 2:
+        return []
     found = []
     for judged in _judged(config, split, pictures):
         for (_, one), (_, other) in judged.pairs(config.pairs):

@@ -78,7 +78,9 @@ def _from_file(recipe: RewardRecipe, data: JudgementFile) -> JudgementSets:
 def _corrupted(recipe: RewardRecipe, data: Corruptions) -> JudgementSets:
     check_kinds(data.kinds)
     train, validation = _split(_pairs(open_source(data.source, "train"), data, data.pictures), recipe)
+    seen = {item.picture_key for item in (*train, *validation)}  # two files may hold one picture
     heldout = _pairs(open_source(data.source, "heldout", recipe.eval.pictures), data, recipe.eval.pictures)
+    heldout = [item for item in heldout if item.picture_key not in seen]
     if not heldout or not train or not validation:
         raise UserError("data.source: too few pictures with references to hold some out")
     return JudgementSets(train, validation, heldout, heldout)

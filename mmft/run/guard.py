@@ -59,8 +59,8 @@ def choose_metric(wanted: str, row: Row, terms: Collection[str]) -> str | None:
 class RewardGuard(TrainerCallback):
     """Feeds a tripwire with each step's reward and held-out metric, as they are logged: means over all processes.
 
-    The weights of the step at which the metric was best are kept in memory, and written to checkpoints/best when the
-    wire trips.
+    The weights after the step whose window of the metric was best are kept in memory, and written to checkpoints/best
+    when the wire trips.
     """
 
     def __init__(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,19 @@ from rich.console import Console
 from mmft.config import ImageFolderConfig, RewardRecipe, ScenesConfig, load_reward_recipe, resolve
 from mmft.data.sources import open_source
 from mmft.eval.reward_scores import Predict
+from mmft.functional.uncertainty import normal_interval
 from mmft.models.features import FeatureStore
 from mmft.models.reward import CaptionRewardModel, load_reward_model
 from mmft.report.folder import RunFolder, clean, is_reward_folder
 from mmft.report.reward_table import print_reward
 from mmft.rewards.combine import RewardFunction, WeightedTerm
 from mmft.rewards.judgements import Judgement, Preference
-from mmft.rewards.learned import NETWORK, NetworkTerm, label_of, learned_weights, term_of
+from mmft.rewards.learned import NETWORK, NetworkTerm, learned_weights, terms_of
 from mmft.rewards.preferences import read_judgements
 from mmft.rewards.sources import JudgementSets, open_judgements
+from mmft.rewards.weights import LearnedWeight
 from mmft.run.reward_record import judge
+from mmft.run.reward_training import check_references, fit_terms
 from mmft.run.training import device_of, quiet_loading
 from mmft.train.reward import add_features, captions_of, scores_of
 from mmft.types import Row, UserError
@@ -46,23 +50,28 @@ def evaluate_reward(target: str, data: str | None = None, overrides: tuple[str, 
     quiet_loading()
     model = load_reward_model(target, device_of(recipe))
     sets = open_judgements(recipe)
-    terms = {label_of(entry): term_of(entry) for entry in model.config.terms}
-    rows = list({item.picture_key: item.row(picture=False) for item in sets.train}.values())
-    for term in terms.values():
-        if term.needs_fit:
-            term.fit(rows)
+    terms, fitted = terms_of(target, model.config)
+    check_references(terms, sets)
+    if not fitted:
+        fit_terms(terms, sets.train)
+    weights, linear = _trained_weights(folder)
     console = Console(stderr=True)
     with console.status("judging on held-out pictures"):
-        record = judge(model, terms, _predict(model, sets), sets)
+        record = judge(model, terms, _predict(model, sets), sets, weights, linear)
     print_reward(record)
     if own.is_file() and not target.startswith("builtin:"):
         name = "eval.json" if data is None and not overrides else "eval_custom.json"
-        if name == "eval.json" and (folder / name).is_file():  # what only training knows stays
-            before = json.loads((folder / name).read_text(encoding="utf-8"))
-            record["weights"] = before.get("weights", [])
         RunFolder(folder).write_text(name, json.dumps(clean(record), indent=2) + "\n")
         console.print(f"written: {folder / name}", highlight=False)
     return record
+
+
+def _trained_weights(folder: Path) -> tuple[list[LearnedWeight], list[LearnedWeight]]:
+    """The learned weights, and those of the terms without the network, as training left them in `eval.json`."""
+    file = folder / "eval.json"
+    record = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    found = [[LearnedWeight(**entry) for entry in record.get(key) or []] for key in ("weights", "linear_weights")]
+    return found[0], found[1]
 
 
 def _data(data: str | None) -> list[str]:
@@ -94,22 +103,24 @@ def score_captions(target: str, data: str, limit: int | None = None) -> Iterator
     quiet_loading()
     model = load_reward_model(target, device_of(RewardRecipe()))
     weights = learned_weights(model.config)
-    terms = [WeightedTerm(label_of(e), term_of(e), weights[label_of(e)]) for e in model.config.terms]
+    plain, fitted = terms_of(target, model.config)
+    terms = [WeightedTerm(name, term, weights[name]) for name, term in plain.items()]
     network = NetworkTerm(model) if model.fusion is not None else None
     if network is not None:
         terms.append(WeightedTerm(NETWORK, network, weights[NETWORK]))
     reward = RewardFunction(terms)
-    pairs = list(_captions(data, limit))
-    if not pairs:
-        raise UserError(f"{data}: no captions to score")
-    rows = [row for row, _, _ in pairs]
-    reward.check(rows)
-    reward.fit(rows)
-    for start in range(0, len(pairs), SCORED_AT_ONCE):
-        part = pairs[start : start + SCORED_AT_ONCE]
+    if not fitted and (rows_of := {row.id: row for row, _, _ in _captions(data, None)}):
+        reward.fit(rows_of.values())
+    captioned = _captions(data, limit)
+    scored = 0
+    while part := list(islice(captioned, SCORED_AT_ONCE)):
+        scored += len(part)
+        reward.check(row for row, _, _ in part)
         captions, rows = [caption for _, caption, _ in part], [row for row, _, _ in part]
         output = reward(captions, rows, update=False)
         prediction = network.predict(captions, rows) if network is not None else None
+        if prediction is not None:
+            low_B, high_B = normal_interval(prediction.mean_B, prediction.sigma_B, 0.9)
         for i, (row, caption, extra) in enumerate(part):
             record: dict[str, Any] = {"id": row.id, "caption": caption, **extra, "reward": output.total[i]}
             record["terms"] = {name: values[i] for name, values in output.raw.items()}
@@ -119,7 +130,11 @@ def score_captions(target: str, data: str, limit: int | None = None) -> Iterator
                 record["sigma_epistemic"] = float(prediction.epistemic_B[i])
                 record["sigma_aleatoric"] = float(prediction.aleatoric_B[i])
                 record["sigma"] = float(prediction.sigma_B[i])
+                if model.config.loss != "bradley_terry":  # a prediction of ratings
+                    record["interval_90"] = [float(low_B[i]), float(high_B[i])]
             yield record
+    if not scored:
+        raise UserError(f"{data}: no captions to score")
 
 
 def _captions(data: str, limit: int | None) -> Iterator[tuple[Row, str, dict[str, Any]]]:

@@ -51,6 +51,7 @@ def judge(
             "ratings": 0 if sets.preferences else len(heldout.items),
         },
         "weights": [_weight(weight) for weight in weights],
+        "linear_weights": [_weight(weight) for weight in linear],
     }
     if sets.agreement:
         keys, agreed = zip(*sets.agreement, strict=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,12 @@ from mmft.models.reward import (
     load_towers,
     tower_dims,
 )
-from mmft.report.folder import RunFolder, clean
+from mmft.report.folder import RunFolder, clean, write_atomic
 from mmft.report.reward_page import write_reward_page
 from mmft.report.reward_table import print_reward
 from mmft.rewards.judgement_files import check_suffix, write_preferences, write_ratings
 from mmft.rewards.judgements import Judgement
-from mmft.rewards.learned import NETWORK, label_of
+from mmft.rewards.learned import NETWORK, TERMS_FILE, label_of
 from mmft.rewards.sources import JudgementSets, open_judgements
 from mmft.rewards.terms import Term, build_term
 from mmft.rewards.weights import LearnedWeight, learn_weights
@@ -92,7 +92,7 @@ def train_reward(recipe: RewardRecipe) -> Path:
         shutil.rmtree(run.path)  # nothing was trained: the name stays free
         raise
     with console.status("saving"):
-        save_reward(trained.model, run.path, sets.heldout[:8])
+        save_reward(trained.model, trained.terms, run.path, sets.heldout[:8])
     with console.status("judging on held-out pictures"):
         record = judge(trained.model, trained.terms, trained.predict, sets, trained.weights, trained.linear)
     run.write_text("eval.json", json.dumps(clean(record), indent=2) + "\n")
@@ -121,17 +121,27 @@ def write_judgements(recipe: RewardRecipe, out: Path) -> int:
 def build_terms(recipe: RewardRecipe, sets: JudgementSets) -> dict[str, Term]:
     """The recipe's terms, fitted on the references of the training pictures."""
     terms = {e.label: build_term(e.type, **e.model_dump(exclude=NOT_OPTIONS)) for e in recipe.terms}
+    check_references(terms, sets)
+    fit_terms(terms, sets.train)
+    return terms
+
+
+def check_references(terms: Mapping[str, Term], sets: JudgementSets) -> None:
+    """Raises UserError, naming term and picture, where a term needs references that are not there."""
     needing = next((name for name, term in terms.items() if term.needs_references), None)
     for item in (*sets.train, *sets.validation, *sets.heldout):
         if needing is not None and not item.references:
             source = item.picture.source
             name = source if isinstance(source, Path) else item.picture_key
             raise UserError(f"reward term {needing!r} needs references, and picture {name} has none")
-    rows = list({item.picture_key: item.row(picture=False) for item in sets.train}.values())
+
+
+def fit_terms(terms: Mapping[str, Term], items: Sequence[Judgement]) -> None:
+    """Fits terms on the references of judged pictures, each picture once."""
+    rows = list({item.picture_key: item.row(picture=False) for item in items}.values())
     for term in terms.values():
         if term.needs_fit:
             term.fit(rows)
-    return terms
 
 
 def _trained(recipe: RewardRecipe, sets: JudgementSets, run: RunFolder, console: Console) -> Trained:
@@ -152,10 +162,10 @@ def build_model(recipe: RewardRecipe) -> CaptionRewardModel:
     m = recipe.model
     if m is None:
         raise ValueError("this recipe has no network")
-    options = m.model_dump(exclude={"trust_remote_code"})
+    options = m.model_dump()
     config = CaptionRewardConfig(**options, loss=recipe.loss)
-    processor = CaptionRewardProcessor.of_towers(resolve(m.vision), resolve(m.text), m.grounded, m.trust_remote_code)
-    towers = load_towers(config, "", m.trust_remote_code)
+    processor = CaptionRewardProcessor.of_towers(resolve(m.vision), resolve(m.text), m.grounded)
+    towers = load_towers(config, "")
     device = device_of(recipe)
     for tower in towers.values():
         tower.to(device)  # type: ignore[arg-type]  # transformers' stubs
@@ -207,7 +217,7 @@ def _learn(
         return
     error_B = torch.tensor([item.rating for item in sets.validation]) - prediction.mean_B  # type: ignore[attr-defined]
     if recipe.loss == "mse":
-        config.noise_std = float(error_B.std() / config.target_std)
+        config.noise_std = float(error_B.std(correction=0)) / config.target_std
         prediction = scores_of(model, store, validation.first_N)
     if len(error_B) >= 10:
         config.sigma_scale = sigma_scale(error_B, prediction.sigma_B)
@@ -255,12 +265,14 @@ def fit_weights(names: Sequence[str], scored: Scored, network: bool) -> list[Lea
     return learn_weights(names, first - scored.second.matrix(labels, network), target, scored.clusters, "logistic")
 
 
-def save_reward(model: CaptionRewardModel, folder: Path, probe: Sequence[Judgement]) -> None:
+def save_reward(model: CaptionRewardModel, terms: Mapping[str, Term], folder: Path, probe: Sequence[Judgement]) -> None:
     """Saves, and reads back: a model that would score otherwise than the one trained is not saved.
 
     Raises RuntimeError when it does.
     """
     model.save_pretrained(folder)
+    fitted = {name: term.state_dict() for name, term in terms.items() if term.needs_fit}
+    write_atomic(folder / TERMS_FILE, json.dumps(fitted).encode())
     if model.fusion is None:
         return
     captions, rows = [captions_of(item)[0] for item in probe], [item.row() for item in probe]

@@ -137,9 +137,11 @@ def train_network(
         with torch.autocast(device, dtype or torch.bfloat16, enabled=dtype is not None):
             out = loss_of(wrapped, recipe.loss, train, next(batches), store)
         if not torch.isfinite(out.loss):
-            raise FloatingPointError(f"the reward model's loss is {out.loss.item()} at step {step}")
+            raise FloatingPointError(f"the reward model's loss is {out.loss.item()} at step {step}; lower train.lr")
         accelerator.backward(out.loss)
-        accelerator.clip_grad_norm_(wrapped.parameters(), t.max_grad_norm)
+        norm = accelerator.clip_grad_norm_(wrapped.parameters(), t.max_grad_norm)
+        if norm is not None and not torch.isfinite(norm):
+            raise FloatingPointError(f"the reward model's gradient is {float(norm)} at step {step}; lower train.lr")
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
@@ -152,6 +154,8 @@ def train_network(
                 step, t.steps, {"loss/train": sum(running) / len(running), "lr": schedule.get_last_lr()[0], **metrics}
             )
         running.clear()
+        if not math.isfinite(metrics["loss/validation"]):
+            raise FloatingPointError(f"the reward model's held-out loss is not finite at step {step}; lower train.lr")
         if metrics["loss/validation"] < best:
             best, best_step, worse = metrics["loss/validation"], step, 0
             best_state = copy.deepcopy(model.state_dict())
