@@ -130,8 +130,9 @@ class Detail:
         return DetailScore(harmonic - self.hallucination_penalty * (1 - precision), precision, recall)
 
     def state_dict(self) -> dict[str, Any]:
-        """The document frequencies, JSON-ready: a unit's parts hold no spaces, so they are joined by one."""
-        return {"pictures": self.pictures, "frequency": {" ".join(unit): n for unit, n in self.frequency.items()}}
+        """The document frequencies, JSON-ready, in one order: a unit's parts hold no spaces, so they are joined by one."""
+        counts = sorted(self.frequency.items())
+        return {"pictures": self.pictures, "frequency": {" ".join(unit): count for unit, count in counts}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.pictures = int(state["pictures"])
