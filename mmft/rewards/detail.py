@@ -130,7 +130,7 @@ class Detail:
         return DetailScore(harmonic - self.hallucination_penalty * (1 - precision), precision, recall)
 
     def state_dict(self) -> dict[str, Any]:
-        """The document frequencies, JSON-ready, in one order: a unit's parts hold no spaces, so they are joined by one."""
+        """The document frequencies, JSON-ready and in one order. Parts of a unit hold no spaces: one joins them."""
         counts = sorted(self.frequency.items())
         return {"pictures": self.pictures, "frequency": {" ".join(unit): count for unit, count in counts}}
 
