@@ -29,6 +29,16 @@ _MARKS = (RECIPE, METRICS, SAMPLES, EVAL, CHECKPOINTS, ADAPTER)
 _CLOCK = re.compile(r"time/|(train|eval)_runtime$|\w+_per_second$|eps$")
 
 
+def read_json(path: Path) -> Any:
+    """A JSON file, or None where there is none. Raises UserError for one that cannot be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot read ({error})") from error
+
+
 class RunFolder:
     """One run's folder. `RunFolder.create` makes a new one, `RunFolder(path)` opens what is there."""
 
@@ -136,13 +146,7 @@ class RunFolder:
 
     def evaluation(self) -> dict[str, Any] | None:
         """`eval.json`, or None before there is one."""
-        path = self.path / EVAL
-        try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path}: cannot read ({error})") from error
+        return read_json(self.path / EVAL)
 
     def recipe_text(self) -> str | None:
         path = self.path / RECIPE

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from markupsafe import Markup
 
 from mmft import __version__
 from mmft.report import reward_plots as plots
-from mmft.report.folder import REPORT, RunFolder
+from mmft.report.folder import REPORT, RunFolder, read_json
 from mmft.report.labels import NOTHING, Label
 from mmft.report.plots import Plot, learning_curves
 from mmft.report.reward_table import (
@@ -66,7 +65,7 @@ def write_reward_page(folder: str | Path) -> Path:
     read, or where the page cannot be written.
     """
     run = RunFolder(folder)
-    record, lines, config = run.evaluation(), run.metrics(), _read(run / CONFIG)
+    record, lines, config = run.evaluation(), run.metrics(), read_json(run / CONFIG)
     if record is None and not lines and config is None:
         raise UserError(f"{run.path}: not a reward model's folder: no config.json, metrics.jsonl or eval.json in it")
     record = part(record)
@@ -82,7 +81,7 @@ def write_reward_page(folder: str | Path) -> Path:
         differences=differences(record),
         remarks=[remark for remark in remarks(record) if remark[0] not in ("held out", "weights")],
         sections=[section for section in _sections(record, lines) if section.plots],
-        examples=[_example(example) for example in _listed(_read(run / EXAMPLES)) if isinstance(example, Mapping)],
+        examples=[_example(example) for example in _listed(read_json(run / EXAMPLES)) if isinstance(example, Mapping)],
     )
     return run.write_text(REPORT, page.replace("\0", "\ufffd"))  # captions may hold NUL, a page must not
 
@@ -177,16 +176,6 @@ def _example(example: Mapping[str, Any]) -> dict[str, str]:
 def _score(score: float | None, sigma: Any) -> str:
     spread = number(sigma)
     return "" if score is None else f"{score:.2f}" if spread is None else f"{score:.2f} ± {spread:.2f}"
-
-
-def _read(path: Path) -> Any:
-    """A JSON file, or None where there is none."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot read ({error})") from error
 
 
 def _listed(value: Any) -> list[Any]:
