@@ -32,7 +32,8 @@ class UserError(Exception):
 class Row:
     """One row of data: a picture, what is asked about it, and what people said of it.
 
-    `image` is a decoded RGB picture or None for text alone. `references` are zero or more reference captions.
+    `image` is a decoded RGB picture or None for text alone; `more_images` are further pictures of the same prompt,
+    after it. `references` are zero or more reference captions.
     `scene` is the exact scene graph of a synthetic picture: an oracle for evaluation, never visible to a reward.
     """
 
@@ -43,6 +44,12 @@ class Row:
     question: str | None = None
     answer: str | None = None
     scene: Any = None
+    more_images: tuple[Image, ...] = ()
+
+    @property
+    def pictures(self) -> tuple[Image, ...]:
+        """All pictures of the prompt, in order."""
+        return () if self.image is None else (self.image, *self.more_images)
 
     def for_reward(self) -> Row:
         """The row as a reward may see it: without the oracle."""

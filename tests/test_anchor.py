@@ -68,6 +68,7 @@ CASES = {
     "conv": {"target_modules": [*LINEAR, "conv"]},
     "lora_bias": {"lora_bias": True},
     "modules_to_save": {"modules_to_save": ["head"]},
+    "dora": {"use_dora": True},
 }
 
 
@@ -199,7 +200,7 @@ def test_parameters_are_looked_up_at_each_call(net):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"use_dora": True}, "first uses DoraLinearVariant"),
+        ({"use_dora": True, "target_modules": [*LINEAR, "embed"]}, "embed uses DoraEmbeddingVariant"),
         ({"init_lora_weights": "pissa_niter_2"}, "init_lora_weights='pissa_niter_2'"),
         ({"trainable_token_indices": {"embed": [1, 2]}}, "embed"),
     ],

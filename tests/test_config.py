@@ -100,6 +100,17 @@ def test_yaml_switches_are_words(recipe_file: Path) -> None:
     assert load_recipe(recipe_file).reward.tripwire.action == "off"
 
 
+def test_variants_of_the_adapter(recipe_file: Path) -> None:
+    lora = load_recipe(recipe_file, ["model.lora.use_dora=true", "model.lora.modules_to_save=[lm_head]"]).model.lora
+    assert lora is not None and lora.use_dora and lora.modules_to_save == ("lm_head",)
+    assert (lora.use_rslora, lora.init) == (False, "default")
+    assert load_recipe(recipe_file).algorithm.critic == "shared"
+    assert load_recipe(recipe_file, ["algorithm.critic=adapter"]).algorithm.critic == "adapter"
+    message = complaint(recipe_file, "algorithm.critic=adapter", "model.lora=null")
+    assert message == "command line: algorithm.critic: adapter needs weights that stay as they are; " \
+        "set model.lora or use shared"  # fmt: skip
+
+
 def test_interpolation(recipe_file: Path) -> None:
     assert load_recipe(recipe_file, ["train.seed=7", "data.seed=${train.seed}"]).data.seed == 7
 
@@ -125,6 +136,11 @@ def test_interpolation(recipe_file: Path) -> None:
         ("train.steps=0", "train.steps: must be greater than or equal to 1, got 0"),
         ("train.seed=true", "train.seed: must be a valid integer, got true"),
         ("kl.coef=.nan", "kl.coef: must be a finite number, got NaN"),
+        ("model.lora.init=olora", "model.lora.init: olora changes the pretrained weights, which KL and anchor"),
+        ("model.lora.init=PiSSA_niter_4", "model.lora.init: PiSSA_niter_4 changes the pretrained weights"),
+        ("model.lora.init=zeros", 'model.lora.init: unknown value "zeros"'),
+        ("model.lora.use_rslora=1.5", "model.lora.use_rslora: must be a valid boolean"),
+        ("algorithm.critic=own", 'algorithm.critic: unknown value "own"'),
         ("kl.estimator=k2", 'kl.estimator: unknown value "k2"'),
         ("anchor=5", "anchor: must be a mapping of keys, got 5"),
         ("data=null", "data: must be a mapping of keys, got null"),

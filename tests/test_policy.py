@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,13 +14,24 @@ import tiny
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken
 from torch import nn
-from transformers import AutoModelForImageTextToText, GenerationConfig
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    GPT2Config,
+    VisionEncoderDecoderConfig,
+    ViTConfig,
+    ViTImageProcessorPil,
+)
 
 from mmft.config import LoraConfig, ModelConfig
 from mmft.models.adapter_io import save_adapter
 from mmft.models.critic import ValueHead
-from mmft.models.generation import caption, generate
+from mmft.models.decoding import Sampling, sample_responses
+from mmft.models.generation import caption
+from mmft.models.interface import Interface
+from mmft.models.packing import pack_apart, response_rows
 from mmft.models.policy import (
     Policy,
     eos_ids,
@@ -30,8 +42,9 @@ from mmft.models.policy import (
     lora_targets,
     picture_token_ids,
 )
+from mmft.models.processors import ProcessorPair, load_processor
 from mmft.models.prompts import Prompt, PromptBuilder, pad_prompts, prompts_of, stack_pictures
-from mmft.models.scoring import PolicyWithCritic, TokenScores, pack
+from mmft.models.scoring import PolicyWithCritic, TokenScores
 from mmft.train import rollout as rollouts
 from mmft.types import Row, UserError
 
@@ -57,9 +70,14 @@ def prompts() -> list[Prompt]:
     return [builder(row) for row in tiny.rows(B)]
 
 
-def scored(model: Any, batches: list[list[int]]) -> TokenScores:
+def score(model: Any, asked: list[Prompt], batches: list[list[int]]) -> TokenScores:
     tokens, mask = responses()
-    return rollouts.score(scorer(model), prompts(), tokens, mask, [torch.tensor(b) for b in batches], PAD)
+    interface = Interface(model, tiny.processor())
+    return rollouts.score(scorer(model), interface, asked, tokens, mask, [torch.tensor(b) for b in batches])
+
+
+def scored(model: Any, batches: list[list[int]]) -> TokenScores:
+    return score(model, prompts(), batches)
 
 
 def assert_close(a: TokenScores, b: TokenScores, tolerance: float) -> None:
@@ -76,8 +94,7 @@ def test_pictures_follow_their_rows() -> None:
     assert_close(scored(model, [[3, 0, 5], [4, 1, 2]]), alone, 1e-5)
     swapped = prompts()
     swapped[0] = Prompt(swapped[0].input_ids, swapped[1].pictures)
-    tokens, mask = responses()
-    other = rollouts.score(scorer(model), swapped, tokens, mask, [torch.arange(B)], PAD)
+    other = score(model, swapped, [list(range(B))])
     assert (other.logprobs_BT - alone.logprobs_BT)[0].abs().max() > 1e-2
     assert (other.logprobs_BT - alone.logprobs_BT)[1:].abs().max() < 1e-5
 
@@ -87,10 +104,7 @@ def test_rows_with_and_without_pictures_mix() -> None:
     mixed = prompts()
     words = tiny.processor().tokenizer
     mixed[1] = Prompt(words("Describe.", return_tensors="pt")["input_ids"][0])
-    tokens, mask = responses()
-    together = rollouts.score(scorer(model), mixed, tokens, mask, [torch.arange(B)], PAD)
-    alone = rollouts.score(scorer(model), mixed, tokens, mask, [torch.tensor([i]) for i in range(B)], PAD)
-    assert_close(together, alone, 1e-5)
+    assert_close(score(model, mixed, [list(range(B))]), score(model, mixed, [[i] for i in range(B)]), 1e-5)
 
 
 def test_left_and_right_padding_agree() -> None:
@@ -116,14 +130,14 @@ def test_positions_of_the_scores() -> None:
     two = [Prompt(torch.tensor([5, 6, 7])), Prompt(torch.tensor([8]))]
     answers = torch.tensor([[11, 12, 0], [13, 14, 15]])
     mask = torch.tensor([[True, True, False], [True, True, True]])
-    inputs, index = pack(two, answers, mask, PAD)
-    assert inputs["input_ids"].tolist() == [[5, 6, 7, 11, 12], [8, 13, 14, 15, 0]]
-    assert inputs["attention_mask"].tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 1, 0]]
-    assert index.tolist() == [[2, 3, 4], [0, 1, 2]]  # row 0 runs on to the state after its last token
+    packed = pack_apart(two, response_rows(answers, mask), 3, PAD, {})
+    assert packed.inputs["input_ids"].tolist() == [[5, 6, 7, 11, 12], [8, 13, 14, 15, 0]]
+    assert packed.inputs["attention_mask"].tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 1, 0]]
+    assert packed.index_BT.tolist() == [[2, 3, 4], [0, 1, 2]]  # row 0 runs on to the state after its last token
 
 
 def test_adapter_off_is_the_base_to_the_bit(tmp_path: Path) -> None:
-    base = scored(tiny.llava(), [list(range(B))])
+    base = scored(tiny.llava().requires_grad_(False), [list(range(B))])  # a head that trains is computed another way
     policy = tiny.vision_policy()
     fresh = scored(policy.model, [list(range(B))])
     assert torch.equal(fresh.logprobs_BT, base.logprobs_BT), "a fresh adapter is the identity"
@@ -159,7 +173,9 @@ def test_a_placeholder_is_never_sampled(tmp_path: Path) -> None:
     assert tiny.logs_of(trainer)[0]["policy/grad_norm"] > 0
     tokens, mask = responses()
     tokens[1, 1] = image  # beyond the row's end, so that only its score is asked for
-    scores = rollouts.forward(trainer.model, prompts(), tokens, mask, torch.arange(B), PAD)
+    scores = rollouts.forward(
+        trainer.model, trainer.interface, prompts(), tokens, mask, torch.arange(B), entropy_grad=True
+    )
     assert scores.logprobs_BT[1, 1] == float("-inf")
     assert torch.isfinite(scores.entropy_BT).all()
     scores.entropy_BT.sum().backward()
@@ -182,12 +198,33 @@ def test_placeholder_ids_are_found_wherever_they_are_written() -> None:
     text = SimpleNamespace(video_token_id=3)
     config = SimpleNamespace(
         image_token_index=2, vision_start_token_id=4, image_token_ids=[5, 6], image_size=9, eos_token_id=1,
-        get_text_config=lambda: text,
+        get_text_config=lambda decoder: text,
     )  # fmt: skip
     head = SimpleNamespace(weight=torch.zeros(8, 4))
     model = SimpleNamespace(config=config, get_output_embeddings=lambda: head)
     holder = SimpleNamespace(tokenizer=words, use_image_token=True)
     assert picture_token_ids(model, holder) == [2, 3, 4, 5, 6, 7], "8 is no output, 1 and 9 are no placeholders"
+
+
+def test_boundaries_count_and_rates_do_not() -> None:
+    """Names that configs and processors of several families really have."""
+    vocabulary = {"<boi>": 1, "<tile>": 2, "<frame>": 3, "<vis>": 4, "</br>": 5, "<img>": 6, "<row>": 7, "<pad>": 8}
+    words = SimpleNamespace(
+        get_vocab=lambda: vocabulary, convert_tokens_to_ids=vocabulary.__getitem__,
+        special_tokens_map={"pad_token": "<pad>", "image_token": AddedToken("<img>")},
+    )  # fmt: skip
+    part = SimpleNamespace(visual_indicator_token_ids=[4], num_image_tokens=9)
+    config = SimpleNamespace(
+        frame_start_token_id=3, audio_ms_per_token=10, mm_tokens_per_image=11, image_token_embed_dim=12,
+        media_placeholder_token_id=13, sub_configs={"vision_config": None}, vision_config=part, mask_token_id=14,
+        get_text_config=lambda decoder: SimpleNamespace(),
+    )  # fmt: skip
+    model = SimpleNamespace(config=config, get_output_embeddings=lambda: SimpleNamespace(weight=torch.zeros(20, 4)))
+    holder = SimpleNamespace(
+        tokenizer=words, boi_token="<boi>", tile_token="<tile>", img_line_break_token=AddedToken("</br>"),
+        end_of_row_token="<row>",
+    )  # fmt: skip
+    assert picture_token_ids(model, holder) == [1, 2, 3, 4, 5, 6, 13]
 
 
 def test_a_prompt_with_a_placeholder_is_refused() -> None:
@@ -263,11 +300,10 @@ def test_generation_stops_at_any_of_several_ends() -> None:
         model.lm_head.bias[9] = 1e4
     prompt = [Prompt(torch.tensor([3, 4]))]
     for ends, length in (([1, 9], 1), ([1], 4)):
-        config = GenerationConfig(max_new_tokens=4, do_sample=True, eos_token_id=ends, pad_token_id=PAD)
-        tokens, logprobs = generate(model, prompt, config, PAD, 1, scores=True)
-        assert tokens.tolist() == [[9] * length]
+        sampling = Sampling(4, stops=tuple(ends))
+        tokens, mask, logprobs = sample_responses(Interface(model, tiny.tokenizer()), prompt, sampling, 1)
+        assert tokens.tolist() == [[9] * length] and mask.all()
         assert logprobs.abs().max() < 1e-5
-        assert not config.return_dict_in_generate, "the caller's config is left as it was"
 
 
 # Loading and saving
@@ -399,3 +435,98 @@ def test_a_folder_that_cannot_be_written_is_the_users(checkpoint: Path, tmp_path
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         save_adapter(policy.model, tmp_path / "file" / "adapter", pad_prompts(prompts(), PAD, "left"))
+
+
+# Loading what is incomplete
+
+
+@pytest.fixture
+def separate(tmp_path: Path) -> Path:
+    """A tokenizer and an image processor side by side, as vision-encoder-decoder folders have them."""
+    folder = tmp_path / "separate"
+    VisionEncoderDecoderConfig.from_encoder_decoder_configs(ViTConfig(), GPT2Config()).save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder)
+    return folder
+
+
+def test_tokenizer_and_image_processor_are_paired(separate: Path, tmp_path: Path) -> None:
+    assert not hasattr(AutoProcessor.from_pretrained(separate), "tokenizer"), "transformers does it by now"
+    pair = load_processor(str(separate))
+    assert isinstance(pair, ProcessorPair)
+    pictures = [row.image for row in tiny.rows(2)]
+    both = pair(text=["a b", "c"], images=pictures, return_tensors="pt", padding=True, add_special_tokens=False)
+    assert both["pixel_values"].shape == (2, 3, 16, 16)
+    assert both["input_ids"].tolist() == [[2, 3], [PAD, 4]] and both["attention_mask"].tolist() == [[1, 1], [0, 1]]
+    assert set(pair(images=pictures, return_tensors="pt")) == {"pixel_values"}
+    assert set(pair(text=["a"], return_tensors="pt")) == {"input_ids", "attention_mask"}
+    assert pair.batch_decode([[2, 3]]) == ["a b"] and pair.decode([2]) == "a"
+    with pytest.raises(ValueError, match="text, images, or both"):
+        pair()
+    pair.save_pretrained(tmp_path / "copy")
+    separate.joinpath("config.json").rename(tmp_path / "copy" / "config.json")
+    again = load_processor(str(tmp_path / "copy"))
+    assert torch.equal(again(images=pictures, return_tensors="pt")["pixel_values"], both["pixel_values"])
+    assert again.tokenizer.get_vocab() == pair.tokenizer.get_vocab()
+
+
+def test_a_tokenizer_alone_stays_one(tmp_path: Path) -> None:
+    tiny.text_policy().config.save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    assert not isinstance(load_processor(str(tmp_path)), ProcessorPair)
+
+
+def test_a_processor_that_needs_torchvision_says_so(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def needs(*_: Any, **__: Any) -> None:
+        raise ImportError("Qwen2VLVideoProcessor requires the Torchvision library but it was not found")
+
+    monkeypatch.setattr(AutoProcessor, "from_pretrained", needs)
+    with pytest.raises(UserError, match=r"needs torchvision: pip install 'mmft\[torchvision\]'$"):
+        load_policy(ModelConfig(path=str(checkpoint)))
+
+
+# In fewer bits
+
+
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+def test_quantisation_without_its_library_says_what_to_install(
+    bits: str, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(UserError, match=f"^model.quantization: {bits} needs bitsandbytes.*pip install bitsandbytes$"):
+        load_policy(ModelConfig(path=str(checkpoint), quantization=bits))
+
+
+@pytest.mark.parametrize(
+    ("bits", "dora", "words"),
+    [
+        ("4bit", False, "4bit needs a GPU; on a CPU use 8bit"),
+        ("8bit", True, "8bit with model.lora.use_dora needs a GPU"),
+    ],
+)
+def test_what_a_cpu_cannot_hold_is_refused(
+    bits: Any, dora: bool, words: str, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mmft.models.policy.importlib.util.find_spec", lambda name: name)
+    with pytest.raises(UserError, match=f"^model.quantization: {words}"):
+        load_policy(ModelConfig(path=str(checkpoint), quantization=bits, lora=LoraConfig(use_dora=dora)))
+
+
+def test_eight_bits(checkpoint: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    config = ModelConfig(path=str(checkpoint), quantization="8bit", lora=LoraConfig(r=2))
+    policy = load_policy(config)
+    inputs = pad_prompts(prompts(), PAD, "left")
+    with torch.no_grad():
+        fresh = policy.model(**inputs).logits
+        full = load_pretrained(ModelConfig(path=str(checkpoint)))[0](**inputs).logits
+        with policy.model.disable_adapter():
+            assert torch.equal(policy.model(**inputs).logits, fresh)
+    assert 0 < (fresh - full).abs().mean() < 0.05 * full.abs().mean()
+    tiny.stirred(policy.model, 0.1)
+    trained = policy.model(**inputs).logits
+    trained.square().mean().backward()
+    assert all(p.grad.abs().sum() > 0 for p in policy.model.parameters() if p.requires_grad)
+    folder = save_adapter(policy.model, tmp_path / "adapter", inputs)
+    with torch.no_grad():
+        assert torch.equal(load_adapter(config, folder).model(**inputs).logits, policy.model(**inputs).logits)

@@ -12,7 +12,8 @@ import tiny
 import torch
 
 from mmft.functional.masked import masked_whiten
-from mmft.models.generation import evaluating
+from mmft.models.decoding import sample_responses
+from mmft.models.interface import evaluating
 from mmft.models.policy import Policy
 from mmft.models.prompts import PromptBuilder
 from mmft.train import rollout as rollouts
@@ -43,10 +44,10 @@ def test_the_first_ratio_is_exactly_one(micro: int, tmp_path: Path, monkeypatch:
     original = rollouts.forward
 
     def forward(
-        model: Any, prompts: Any, responses: Any, mask: Any, index: torch.Tensor, *rest: Any, **options: Any
+        model: Any, feeds: Any, prompts: Any, responses: Any, mask: Any, index: torch.Tensor, *rest: Any, **options: Any
     ) -> Any:
-        scores = original(model, prompts, responses, mask, index, *rest, **options)
-        if torch.is_grad_enabled() and seen and len(deviations) < 4 // micro:
+        scores = original(model, feeds, prompts, responses, mask, index, *rest, **options)
+        if updating and len(deviations) < 4 // micro - 1:  # the first micro-batch's pass is the rollout's own
             gap = scores.logprobs_BT - seen[-1].logprobs_BT[index]
             deviations.append(gap.masked_fill(~mask[index], 0.0).abs().max().item())
         return scores
@@ -57,23 +58,27 @@ def test_the_first_ratio_is_exactly_one(micro: int, tmp_path: Path, monkeypatch:
         total_episodes=24, learning_rate=3e-3,
     )  # fmt: skip
     seen: list[Rollout] = []
-    trainer.on_rollout = lambda step, rollout: (seen.append(rollout), deviations.clear())
+    updating: list[bool] = []
+    trainer.on_rollout = lambda step, rollout: (seen.append(rollout), deviations.clear(), updating.append(True))
+    log = trainer.log
+    monkeypatch.setattr(trainer, "log", lambda *args: (log(*args), updating.clear()))
     trainer.train()
     logs = tiny.logs_of(trainer)
     assert [log["policy/ratio_first"] for log in logs] == [1.0, 1.0, 1.0]
-    assert deviations == [0.0] * (4 // micro)
+    assert deviations == [0.0] * (4 // micro - 1)
     assert logs[-1]["policy/ratio_max"] > 1.01, "the later minibatches should have moved"
     assert abs(logs[-1]["objective/kl"]) > 1e-4
 
 
 def test_sampled_and_recomputed_logprobs_agree(tmp_path: Path) -> None:
-    """`generate` with a cache and left padding against one forward pass with right padding."""
+    """A cache and left padding against one forward pass with right padding."""
     trainer = tiny.trainer(tiny.vision_policy(eos_bias=5.5), tmp_path)
     prompts = [trainer.builder(row) for row in tiny.rows()]
-    config, pad_id = trainer._generation_config(), trainer.builder.pad_id
     trainer._begin()
-    responses, mask, _, sampled = rollouts.sample(trainer.policy_model, prompts, config, trainer.stops, pad_id, 3, True)
-    scored = rollouts.score(trainer.model, prompts, responses, mask, [torch.arange(8)], pad_id).logprobs_BT
+    responses, mask, sampled = sample_responses(trainer.interface, prompts, trainer._sampling(), 3)
+    scored = rollouts.score(
+        trainer.model, trainer.interface, prompts, responses, mask, [torch.arange(8)]
+    ).logprobs_BT  # fmt: skip
     assert 0 < mask.sum() < mask.numel()
     torch.testing.assert_close(sampled[mask], scored[mask], atol=1e-4, rtol=1e-4)
 
@@ -217,9 +222,9 @@ def test_target_kl_stops_before_the_step(tmp_path: Path, monkeypatch: pytest.Mon
     """The first minibatch's KL is 0, so exactly one step is taken; the second minibatch is measured and left."""
     trainer = tiny.trainer(tiny.vision_policy(), tmp_path, target_kl=1e-9, learning_rate=1e-2, num_ppo_epochs=4)
     steps, weights = [], []
-    original = trainer._step
+    original = trainer.updater._step
     monkeypatch.setattr(
-        trainer, "_step", lambda stats: (original(stats), steps.append(1), weights.append(adapter_of(trainer)))
+        trainer.updater, "_step", lambda stats: (original(stats), steps.append(1), weights.append(adapter_of(trainer)))
     )
     trainer.train()
     log = tiny.logs_of(trainer)[0]

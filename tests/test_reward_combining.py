@@ -236,7 +236,7 @@ def learned(folder: Path, function: RewardFunction, **changes: Any) -> list[dict
     set_seed(0)
     trainer = tiny.trainer(tiny.vision_policy(eos_bias=6.0), folder, reward=function, **settings)
     trainer.train()
-    return [{k: v for k, v in line.items() if k != "time/step"} for line in tiny.logs_of(trainer)]
+    return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in tiny.logs_of(trainer)]
 
 
 def test_a_shaped_caption_sums_to_its_return_less_where_it_began(

@@ -7,14 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mmft.config import ModelConfig
 from mmft.data.scenes import EmojiScenes, score_caption
-from mmft.functional.masked import response_mask
-from mmft.models.generation import caption, decode, generate
+from mmft.models.decoding import Sampling, sample_responses
+from mmft.models.generation import caption, decode
+from mmft.models.interface import Interface
 from mmft.models.policy import Policy, eos_ids
-from mmft.models.prompts import PromptBuilder
 
 FOLDER = ModelConfig().resolved_path()
 
@@ -55,12 +55,11 @@ def test_it_sees_and_leaves_objects_out(policy: Policy, rows: list) -> None:
 
 
 def sampled(policy: Policy, rows: list) -> list[str]:
-    builder, stops = PromptBuilder(policy.processor), eos_ids(policy.model, policy.processor)
-    config = GenerationConfig(
-        do_sample=True, top_k=0, max_new_tokens=32, eos_token_id=list(stops), pad_token_id=builder.pad_id
-    )
-    responses, _ = generate(policy.model, [builder(row) for row in rows], config, builder.pad_id, len(rows))
-    return decode(builder.tokenizer, responses, response_mask(responses, stops, builder.pad_id))
+    interface = Interface(policy.model, policy.processor)
+    prompts = [interface.builder(row) for row in rows]
+    sampling = Sampling(32, stops=eos_ids(policy.model, policy.processor), as_transformers=True)
+    responses, mask, _ = sample_responses(interface, prompts, sampling, len(rows))
+    return decode(interface.builder.tokenizer, responses, mask)
 
 
 def test_it_is_small_enough_to_bundle() -> None:

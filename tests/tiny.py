@@ -145,4 +145,4 @@ def trainer(policy: Policy, folder: Path, data: list[Row] | None = None, **chang
 
 
 def logs_of(trainer: Any) -> list[dict[str, float]]:
-    return [entry for entry in trainer.state.log_history if "objective/kl" in entry]
+    return [entry for entry in trainer.state.log_history if "objective/scores" in entry]

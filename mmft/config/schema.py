@@ -7,12 +7,16 @@ they are used and never stored here.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from mmft.config.base import BUILTIN_MODELS, BUILTIN_PREFIX, Block, bundled, conflict, resolve, yaml_switch
 from mmft.config.reward import RewardConfig
+
+# Initialisations of PEFT that move the pretrained weights: with the adapter off, the model would not be the pretrained
+# one, and neither the reference of the KL term nor the anchor would be right.
+_MOVES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 class LoraConfig(Block):
@@ -23,9 +27,29 @@ class LoraConfig(Block):
     target_modules: Literal["language", "all-linear"] | tuple[str, ...] = Field(
         "language",
         description="`language`: every linear layer of the language model; `all-linear`: the vision tower's too; "
-        "or a list of module names.",
+        "or a list of names in the language model, as q_proj or self_attn.q_proj.",
     )
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapters' input.")
+    use_rslora: bool = Field(
+        False, description="Scale by alpha / sqrt(r), for high ranks (Kalajdzievski 2023, arXiv:2312.03732)."
+    )
+    use_dora: bool = Field(
+        False, description="Learn each output's magnitude apart from its direction (Liu et al. 2024, arXiv:2402.09353)."
+    )
+    modules_to_save: tuple[str, ...] = Field(
+        (), description="Modules trained whole beside the adapters and saved with them, by name, as lm_head."
+    )
+    init: Literal["default", "gaussian"] = Field(
+        "default",
+        description="How A is drawn: `default` (Kaiming) or `gaussian`. B is 0: a fresh adapter does nothing.",
+    )
+
+    @field_validator("init", mode="before")
+    @classmethod
+    def _starts_at_the_pretrained(cls, init: Any) -> Any:
+        if isinstance(init, str) and init.lower().startswith(_MOVES_THE_BASE):
+            raise conflict("", f"{init} changes the pretrained weights, which KL and anchor compare with; use default")
+        return init
 
 
 class ModelConfig(Block):
@@ -40,11 +64,16 @@ class ModelConfig(Block):
         "auto", description="Type of the frozen weights; `auto` follows train.precision."
     )
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the checkpoint.")
-    quantization: Literal["4bit", "8bit"] | None = Field(None, description="Quantise the frozen weights (needs LoRA).")
+    quantization: Literal["4bit", "8bit"] | None = Field(
+        None, description="Quantise the frozen weights with bitsandbytes, as QLoRA does (needs LoRA)."
+    )
     lora: LoraConfig | None = Field(LoraConfig(), description="Adapters; null fine-tunes every weight.")
     encode_once: Annotated[Literal["auto", "on", "off"], BeforeValidator(yaml_switch)] = Field(
         "auto",
         description="Encode each distinct picture once and reuse its features; `auto`: when the tower is frozen.",
+    )
+    feature_cache_gb: float = Field(
+        2.0, ge=0, description="Memory for pictures' features, in GiB; the least recently used are dropped."
     )
 
     @field_validator("path")
@@ -109,6 +138,11 @@ class PPOAlgorithm(Block):
     lam: float = Field(0.95, ge=0, le=1, description="Lambda of generalised advantage estimation.")
     clip_range: float = Field(0.2, gt=0, lt=1, description="How far the probability ratio may move.")
     value_clip_range: float = Field(0.2, gt=0, description="How far a value may move in one update.")
+    critic: Literal["shared", "adapter"] = Field(
+        "shared",
+        description="`shared`: the value head reads the policy's hidden states; `adapter`: those of a second LoRA "
+        "adapter on the same weights, for one more forward pass.",
+    )
     value_coef: float = Field(0.1, ge=0, description="Weight of the value loss.")
     entropy_coef: float = Field(0.0, ge=0, description="Weight of the entropy bonus.")
     whiten_rewards: bool = Field(False, description="Scale the rewards of a batch to unit variance.")
@@ -162,13 +196,14 @@ class TrainConfig(Block):
     minibatches: int = Field(1, ge=1, description="Optimizer steps an epoch.")
     micro_batch: int | None = Field(None, ge=1, description="Captions a forward pass; null: a whole minibatch.")
     epochs: int = Field(4, ge=1, description="Passes over each batch.")
+    share_prompts: bool = Field(True, description="Captions of one picture share its forward and backward pass.")
     lr: float = Field(1e-4, gt=0, lt=1, description="Learning rate of the policy.")
     value_lr: float | None = Field(None, gt=0, lt=1, description="Learning rate of the value head; null: the same.")
     schedule: Literal["constant", "linear", "cosine"] = Field("cosine", description="Learning rate over time.")
     warmup: int = Field(0, ge=0, description="Steps in which the learning rate rises from 0.")
     seed: int = Field(0, ge=0, description="Seed of sampling, shuffling and initial weights.")
     precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="Arithmetic; `auto`: bf16 on a GPU that has it."
+        "auto", description="Arithmetic of the frozen weights; `auto`: bf16 on a CPU or GPU that has it."
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to run.")
     save_every: int = Field(0, ge=0, description="Steps between checkpoints; 0: only the end.")
@@ -235,6 +270,10 @@ class Recipe(Block):
     def _possible(self) -> Recipe:
         if self.adapter_penalty and self.model.lora is None:
             raise conflict("adapter_penalty", "there is no adapter to penalise; set model.lora or use anchor.l2")
+        if self.algorithm.critic == "adapter" and self.model.lora is None:
+            raise conflict(
+                "algorithm.critic", "adapter needs weights that stay as they are; set model.lora or use shared"
+            )
         return self
 
     @model_validator(mode="after")

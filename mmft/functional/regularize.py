@@ -34,6 +34,32 @@ def lora_l2(A: Tensor, B: Tensor, scale: float) -> Tensor:
         return scale**2 * (gram_B * gram_A).sum((-2, -1)).clamp(min=0.0)
 
 
+def dora_l2(W: Tensor, A: Tensor, B: Tensor, magnitude: Tensor, scale: float) -> Tensor:
+    """Squared distance that a DoRA update moves a weight, exact, without forming the update.
+
+    Equation: E22
+        theta = m V / ||V||,   V = W + D,   D = s B A,   ||.|| of each output's row,   k = m / ||V||
+        ||theta - W||^2 = sum over rows of (k - 1)^2 ||W||^2 + 2 k (k - 1) W.D + k^2 ||D||^2
+
+    Every term is small where the update is, so that little is lost to rounding. ||V|| is differentiated too, where
+    DoRA's own forward pass takes it for a constant.
+
+    Args:
+        W: pretrained weight, (out, in), without gradient.
+        A, B, scale: lora_A (r, in), lora_B (out, r) and s.
+        magnitude: m, (out,).
+
+    Source: Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", equation 5.
+    """
+    with torch.autocast(W.device.type, enabled=False):
+        W, A, B, m = (x if x.dtype == torch.float64 else x.float() for x in (W.detach(), A, B, magnitude))
+        W_W = W.square().sum(1)
+        W_D = scale * ((W @ A.mT) * B).sum(1)
+        D_D = scale**2 * ((B @ (A @ A.mT)) * B).sum(1)
+        k = m / (W_W + 2 * W_D + D_D).sqrt()
+        return ((k - 1).square() * W_W + 2 * k * (k - 1) * W_D + k.square() * D_D).sum().clamp(min=0.0)
+
+
 def l2_to_reference(params: Iterable[Tensor], references: Iterable[Tensor]) -> Tensor:
     """Squared distance of weights to their pretrained values, for weights trained in place.
 

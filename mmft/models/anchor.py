@@ -1,7 +1,8 @@
 """The anchor: how far fine-tuning has moved the weights from the pretrained ones, as a differentiable penalty.
 
 With LoRA the pretrained weights are still in the model, and the distance is exactly that of the merged weights, from
-r x r products alone. Weights trained in place (full fine-tuning, biases) are compared with copies made at construction.
+r x r products alone (with DoRA, from those and products with the weights). Weights trained in place (full fine-tuning,
+biases) are compared with copies made at construction.
 """
 
 from __future__ import annotations
@@ -13,11 +14,14 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from peft.utils.integrations import dequantize_module_weight
+from peft.utils.other import transpose
 from torch import Tensor, nn
 
-from mmft.functional.regularize import adapter_penalty, l2_to_reference, lora_l2, squared_norm, total
+from mmft.functional.regularize import adapter_penalty, dora_l2, l2_to_reference, lora_l2, squared_norm, total
 from mmft.types import LossOutput
 
 L2_DISTANCE = "anchor/l2_distance"
@@ -35,11 +39,13 @@ class Anchor:
     Equation: E22, E25
         loss = l2 ||theta - theta_pretrained||^2 + adapter_penalty ||phi||^2
 
-    theta are the effective (merged) weights of everything that trains, phi the factors A and B (and biases) of LoRA.
+    theta are the effective (merged) weights of everything that trains, phi the factors A and B (and biases) of LoRA;
+    DoRA's magnitudes, whose resting point isn't 0, are no part of phi.
     A coefficient of 0 switches its part off: nothing is computed, and weights trained in place are not copied.
 
     Args:
         model: the policy alone (a critic's head has no pretrained value), with LoRA adapters or trained in full.
+            The adapters that are active now are its own, whichever are later; a critic's adapter beside them isn't.
             Build the anchor before a checkpoint of weights trained in place is loaded into the model.
         l2, adapter_penalty: coefficients, at least 0.
 
@@ -56,13 +62,14 @@ class Anchor:
         self.l2 = l2
         self.adapter_penalty = adapter_penalty
         self._adapted = [(layer, adapters) for _, layer, adapters in _adapted_layers(model)]
-        self._saved = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
+        saved = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
+        self._saved = [(w, a) for w in saved for a in w.active_adapters if a in w.modules_to_save]
         if adapter_penalty > 0 and not self._adapted:
             raise ValueError("adapter_penalty needs an adapter: the model has no active LoRA layer")
         obstacle = _obstacle(model)
         if obstacle and l2 > 0:
             raise ValueError(f"anchor.l2 cannot be measured: {obstacle}")
-        in_place = _trained_in_place(model, self._saved)
+        in_place = _trained_in_place(model, saved)
         # The module and not the parameter is kept: sharding replaces parameters.
         self._copied = [(m, name, getattr(m, name).detach().clone()) for m, name in in_place] if l2 > 0 else []
         self._measurable = l2 > 0 or not (obstacle or in_place)
@@ -102,7 +109,9 @@ class Anchor:
         for layer, adapters in self._adapted:
             if bias := _scaled_biases(layer, adapters):
                 yield squared_norm([torch.stack(bias).sum(0)])
-            if _is_factored(layer, adapters[0]):
+            if _has_magnitudes(layer, adapters[0]):
+                yield _dora_square(layer, adapters[0])
+            elif _is_factored(layer, adapters[0]):
                 A, B, scale = _joint_factors(layer, adapters)
                 groups[(A.shape, B.shape, A.device, A.dtype, B.dtype, scale)].append((A, B))
             else:
@@ -113,11 +122,9 @@ class Anchor:
 
     def _saved_squares(self) -> Iterator[Tensor]:
         """Squared distances of modules that PEFT trains as copies beside the original (`modules_to_save`)."""
-        for wrapper in self._saved:
-            for adapter in wrapper.active_adapters:
-                if adapter in wrapper.modules_to_save:
-                    trained, original = wrapper.modules_to_save[adapter], wrapper.original_module
-                    yield l2_to_reference(trained.parameters(), original.parameters())
+        for wrapper, adapter in self._saved:
+            trained, original = wrapper.modules_to_save[adapter], wrapper.original_module
+            yield l2_to_reference(trained.parameters(), original.parameters())
 
     def _copied_squares(self) -> Iterator[Tensor]:
         for i, (module, name, reference) in enumerate(self._copied):
@@ -126,6 +133,17 @@ class Anchor:
                 reference = reference.to(parameter.device)
                 self._copied[i] = (module, name, reference)
             yield l2_to_reference([parameter], [reference])
+
+
+def _dora_square(layer: Any, adapter: str) -> Tensor:
+    weight = transpose(dequantize_module_weight(layer.get_base_layer()), layer.fan_in_fan_out)
+    A, B = _factors(layer, adapter)
+    return dora_l2(weight, A, B, layer.lora_magnitude_vector[adapter].weight, layer.scaling[adapter])
+
+
+def _has_magnitudes(layer: Any, adapter: str) -> bool:
+    """DoRA on a linear layer, whose update is known; its variants for other layers derive from this one."""
+    return type(layer.lora_variant.get(adapter)) is DoraLinearVariant
 
 
 def _adapted_layers(model: nn.Module) -> Iterator[tuple[str, Any, list[str]]]:
@@ -154,7 +172,10 @@ def _obstacle(model: nn.Module) -> str | None:
             return f"layer {name} trains some of its weights through {type(module).__name__}"
     for name, layer, adapters in _adapted_layers(model):
         for adapter in adapters:
-            if adapter in layer.lora_variant:
+            if _has_magnitudes(layer, adapter):
+                if len(adapters) > 1:
+                    return f"layer {name} has several active adapters, and {adapter!r} of them is DoRA"
+            elif adapter in layer.lora_variant:
                 return f"layer {name} uses {type(layer.lora_variant[adapter]).__name__}, whose update is not s B A"
             if not _is_factored(layer, adapter) and not hasattr(layer, "get_delta_weight"):
                 return f"layer {name} of type {type(layer).__name__} cannot tell its update"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from mmft.models.packing import Packed
+
 
 class ValueHead(nn.Module):
     """A value head on the input of the policy's output embedding: one trunk, no second model.
@@ -33,17 +35,18 @@ class ValueHead(nn.Module):
         self.score[-1].bias.add_(value)
 
 
-def backbone_values(value_model: nn.Module, input_ids: Tensor, attention_mask: Tensor, index_BT: Tensor) -> Tensor:
+def backbone_values(value_model: nn.Module, packed: Packed) -> Tensor:
     """value_BT of a critic with a backbone of its own (TRL's `value_model`: `score` and a `base_model_prefix`). Text
     only.
     """
     backbone = getattr(value_model, value_model.base_model_prefix)
-    output = backbone(
-        input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True, return_dict=True, use_cache=False
-    )
-    return value_model.score(gather_states(output.hidden_states[-1], index_BT)).squeeze(-1).float()
+    names = ("input_ids", "attention_mask", "position_ids")
+    inputs = {name: packed.inputs[name] for name in names if name in packed.inputs}
+    output = backbone(**inputs, output_hidden_states=True, return_dict=True, use_cache=False)
+    states_BTD = gather_states(output.hidden_states[-1], packed.row_B, packed.index_BT)
+    return value_model.score(states_BTD).squeeze(-1).float()
 
 
-def gather_states(hidden_BLD: Tensor, index_BT: Tensor) -> Tensor:
-    """hidden_BLD at the positions index_BT -> (B, T, D)."""
-    return torch.take_along_dim(hidden_BLD, index_BT[:, :, None], dim=1)
+def gather_states(hidden_GLD: Tensor, row_B: Tensor, index_BT: Tensor) -> Tensor:
+    """hidden_GLD at the positions index_BT of the rows row_B -> (B, T, D)."""
+    return hidden_GLD[row_B[:, None], index_BT]

@@ -6,22 +6,43 @@ modules.
 
 from __future__ import annotations
 
+import importlib.util
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel, prepare_model_for_kbit_training
 from safetensors import SafetensorError
+from tokenizers import AddedToken
 from torch import nn
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedModel
 
 from mmft.config import ModelConfig
+from mmft.models.lora import add_adapter, language_model, lora_targets
+from mmft.models.processors import load_processor
+from mmft.models.structure import context_length, output_head
 from mmft.types import UserError
 
-_PICTURE_TOKEN = re.compile(r"(image|img|video|audio|vision|boi|eoi|media)\w*_token(_id|_index|_ids)?$")
+__all__ = [
+    "Policy",
+    "context_length",
+    "eos_ids",
+    "language_model",
+    "load_adapter",
+    "load_policy",
+    "load_pretrained",
+    "lora_targets",
+    "output_head",
+    "picture_token_ids",
+]
+
+# `image_token_id`, `boi_token_index`, `video_start_token`, `visual_indicator_token_ids`, `img_line_break_token` ...
+_PICTURE_TOKEN = re.compile(
+    r"(?:^|_)(image|img|video|audio|vision|visual|media|frame|slice|tile|boi|eoi|boa|eoa)(_\w+)?(?<!_per)"
+    r"_(token|placeholder)(_id|_index|_ids)?$"
+)
 
 
 @dataclass(frozen=True)
@@ -38,52 +59,80 @@ def load_policy(config: ModelConfig, device: str = "cpu", dtype: torch.dtype | N
     A fresh LoRA adapter is the identity: the policy begins as the pretrained model, to the bit.
     Raises UserError for a checkpoint that is not there, lacks weights, or holds NaN.
     """
-    model, processor = load_pretrained(config, dtype)
-    model.to(device)
+    model, processor = load_pretrained(config, dtype, device)
     if config.lora is None:
         return Policy(model, processor)
-    model.requires_grad_(False)
-    lora = LoraConfig(
-        r=config.lora.r,
-        lora_alpha=config.lora.alpha,
-        lora_dropout=config.lora.dropout,
-        target_modules=lora_targets(model, config.lora.target_modules),
-    )
-    return Policy(get_peft_model(model, lora), processor)
+    return Policy(add_adapter(model, config.lora), processor)
 
 
-def load_pretrained(config: ModelConfig, dtype: torch.dtype | None = None) -> tuple[PreTrainedModel, Any]:
-    """The bare checkpoint and its processor."""
-    if config.quantization:
-        raise UserError("model.quantization: loading in 4 or 8 bits is not supported yet; remove the key")
+def load_pretrained(
+    config: ModelConfig, dtype: torch.dtype | None = None, device: str = "cpu"
+) -> tuple[PreTrainedModel, Any]:
+    """The bare checkpoint, on its device and for inference, and its processor."""
     path = config.resolved_path()
     if path.startswith(("/", ".", "~")) and not Path(path).is_dir():
         raise UserError(f"model.path: {config.path!r}: no such folder")
     wanted: Any = dtype if config.dtype == "auto" and dtype is not None else config.dtype
+    options: dict[str, Any] = {}
+    if config.quantization:
+        # Quantised weights are made on their device and stay there.
+        options = {"quantization_config": _quantization(config, wanted, device), "device_map": {"": device}}
     try:
-        processor = AutoProcessor.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+        processor = load_processor(path, config.trust_remote_code)
         model, info = AutoModelForImageTextToText.from_pretrained(
             path,
             dtype=wanted,
             trust_remote_code=config.trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
+            **options,
         )
+    except UserError:
+        raise
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"model.path: {config.path!r} cannot be loaded: {first}") from error
     _check_weights(model, info, config.path)
-    model.eval()
-    return model, processor
+    if config.quantization:
+        # Freezes it, and turns what was not quantised (norms, head) to float32, for inference too: one model for both.
+        # Its hook on the embedding is for reentrant checkpointing, which isn't used here.
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    else:
+        model.to(device)
+    return model.eval(), processor
 
 
-def load_adapter(config: ModelConfig, adapter: Path, dtype: torch.dtype | None = None) -> Policy:
+def _quantization(config: ModelConfig, dtype: Any, device: str) -> BitsAndBytesConfig:
+    """How bitsandbytes stores the frozen weights. 4 bits: normal floats, their scales quantised too (QLoRA, Dettmers
+    et al. 2023, arXiv:2305.14314).
+    """
+    key = f"model.quantization: {config.quantization}"
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(f"{key} needs bitsandbytes, which is not installed: pip install bitsandbytes")
+    if torch.device(device).type == "cpu":
+        # bitsandbytes 0.50 repacks 4-bit weights on a CPU at each change between running and saving, and rounds them
+        # each time: what is saved is then not what was trained. Its 8-bit weights lose their scales to DoRA.
+        if config.quantization == "4bit":
+            raise UserError(f"{key} needs a GPU; on a CPU use 8bit or remove the key")
+        if config.lora is not None and config.lora.use_dora:
+            raise UserError(f"{key} with model.lora.use_dora needs a GPU; remove one of the two keys")
+    if config.quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    compute = dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype, torch.bfloat16)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute,
+    )
+
+
+def load_adapter(config: ModelConfig, adapter: Path, dtype: torch.dtype | None = None, device: str = "cpu") -> Policy:
     """The checkpoint with adapters from a PEFT folder, or weights that were trained in full; for inference."""
+    model, processor = load_pretrained(config, dtype, device)
     if not (adapter / "adapter_config.json").is_file():
-        _, processor = load_pretrained(config, dtype)
         model = AutoModelForImageTextToText.from_pretrained(adapter, dtype=dtype, use_safetensors=True)
-        return Policy(model.eval(), processor)
-    model, processor = load_pretrained(config, dtype)
+        return Policy(model.to(device).eval(), processor)
     return Policy(PeftModel.from_pretrained(model, str(adapter)).eval(), processor)
 
 
@@ -99,71 +148,26 @@ def _check_weights(model: nn.Module, info: dict[str, Any], path: str) -> None:
             raise UserError(f"model.path: {path!r} holds weights that are not finite in {name}")
 
 
-def language_model(model: nn.Module) -> tuple[str, nn.Module]:
-    """(dotted name, module) of the language side: the decoder that owns the token embedding, found by structure.
-
-    It is the smallest module that holds the input embedding and repeated layers; the vision tower is never inside it.
-    """
-    embedding = model.get_input_embeddings()
-    name = next((n for n, module in model.named_modules() if module is embedding), None)
-    if not name or "." not in name:
-        return "", model
-    parent = name
-    while "." in parent:
-        parent = parent.rsplit(".", 1)[0]
-        module = model.get_submodule(parent)
-        if any(isinstance(child, nn.ModuleList) for child in module.modules()):
-            return parent, module
-    return "", model
-
-
-def lora_targets(model: nn.Module, wanted: str | tuple[str, ...]) -> str | list[str]:
-    """PEFT's `target_modules` for `language`, `all-linear` or a list of names.
-
-    A bare list such as [q_proj] would match the vision tower too in most families, so names are confined to the
-    language model unless `all-linear` asks for everything. Returns a pattern on full module names.
-    """
-    if wanted == "all-linear":
-        return "all-linear"
-    prefix, language = language_model(model)
-    names = sorted({name.rsplit(".", 1)[-1] for name, _ in _linears(language, model)})
-    if wanted != "language":
-        unknown = [name for name in wanted if name not in names]
-        if unknown:
-            raise UserError(
-                f"model.lora.target_modules: no linear layer named {unknown[0]!r}; there are {', '.join(names)}"
-            )
-        names = list(wanted)
-    if not names:
-        raise UserError("model.lora.target_modules: the language model has no linear layers to adapt")
-    start = re.escape(prefix) + r"\." if prefix else ""
-    return f"^{start}(.*\\.)?({'|'.join(re.escape(name) for name in names)})$"
-
-
-def _linears(language: nn.Module, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    head = model.get_output_embeddings()
-    return ((n, m) for n, m in language.named_modules() if isinstance(m, nn.Linear) and m is not head)
-
-
 def picture_token_ids(model: nn.Module, processor: Any) -> list[int]:
     """Ids that stand for pictures (placeholders, boundaries): sampled, they would corrupt every later pass. Never
     allowed.
 
     From every `*image*_token*` attribute of the config and its parts, of the processor and of the tokenizer. Ids
-    outside the output vocabulary cannot be sampled and are left out.
+    outside the output vocabulary (Mllama's) cannot be sampled and are left out.
     """
     tokenizer = getattr(processor, "tokenizer", processor)
+    config = model.config
+    parts = [getattr(config, name, None) for name in getattr(config, "sub_configs", {})]
+    holders = (config, config.get_text_config(decoder=True), *parts, processor, tokenizer)
+    # A tokenizer keeps the tokens it was given names for in a map, not as attributes.
+    named = [getattr(holder, "special_tokens_map", {}) for holder in holders[-2:]]
     found: set[int] = set()
-    text_config = model.config.get_text_config()
-    for holder in (model.config, text_config, processor, tokenizer):
-        for name, value in vars(holder).items():
+    for names in (*(vars(holder) for holder in holders if holder is not None), *named):
+        for name, value in names.items():
             if _PICTURE_TOKEN.search(name):
                 found.update(_as_ids(value, tokenizer))
-    for name in ("image_token", "image_token_id", "video_token", "boi_token", "eoi_token"):
-        found.update(_as_ids(getattr(tokenizer, name, None), tokenizer))
-    head = model.get_output_embeddings()
-    size = head.weight.shape[0] if head is not None else text_config.vocab_size
-    return sorted(i for i in found if 0 <= i < size)
+    head = output_head(model)
+    return sorted(i for i in found if 0 <= i < head.weight.shape[0])
 
 
 def _as_ids(value: Any, tokenizer: Any) -> list[int]:
@@ -171,6 +175,8 @@ def _as_ids(value: Any, tokenizer: Any) -> list[int]:
         return []
     if isinstance(value, int):
         return [value]
+    if isinstance(value, AddedToken):
+        value = value.content
     if isinstance(value, str) and value in tokenizer.get_vocab():
         return [tokenizer.convert_tokens_to_ids(value)]
     if isinstance(value, list | tuple):

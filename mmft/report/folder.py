@@ -133,7 +133,7 @@ class RunFolder:
 
     def last_step(self) -> dict[str, Any]:
         """The last line of metrics that a training step wrote; periodic evaluations write lines between."""
-        return next((line for line in reversed(self.metrics()) if "objective/kl" in line), {})
+        return next((line for line in reversed(self.metrics()) if "objective/scores" in line), {})
 
     def timing(self) -> list[dict[str, Any]]:
         return list(read_lines(self.path / TIMING))

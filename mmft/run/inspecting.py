@@ -78,16 +78,13 @@ def _target(target: str, data: str | None, overrides: Sequence[str]) -> tuple[Ru
 
 
 def _load(run: RunFolder | None, recipe: Recipe) -> Policy:
-    dtype = dtype_of(recipe)
+    dtype, device = dtype_of(recipe), device_of(recipe)
     quiet_loading()
     if run is None:
-        policy = Policy(*load_pretrained(recipe.model, dtype))
-    elif (run / "adapter").is_dir():
-        policy = load_adapter(recipe.model, run / "adapter", dtype)
-    else:
-        raise UserError(f"{run.path}: no adapter was saved here; did the training end?")
-    policy.model.to(device_of(recipe))
-    return policy
+        return Policy(*load_pretrained(recipe.model, dtype, device))
+    if (run / "adapter").is_dir():
+        return load_adapter(recipe.model, run / "adapter", dtype, device)
+    raise UserError(f"{run.path}: no adapter was saved here; did the training end?")
 
 
 def _picture(path: Path) -> Any:

@@ -29,8 +29,9 @@ from mmft.data.sources import Repeated, Source, open_source
 from mmft.eval.evaluator import evaluate_captions, evaluation_record
 from mmft.models.adapter_io import save_adapter
 from mmft.models.generation import caption
+from mmft.models.interface import Interface
 from mmft.models.policy import Policy, load_policy
-from mmft.models.prompts import PromptBuilder, pad_prompts
+from mmft.models.value_adapter import save_value_adapter
 from mmft.report.folder import RunFolder, write_atomic
 from mmft.report.html import write_report
 from mmft.report.progress import ProgressReporter
@@ -76,12 +77,12 @@ def train(recipe: Recipe) -> Path:
         raise
     rows = eval_rows(job)
     with console.status(f"captioning {len(rows)} {recipe.eval.split} pictures before training"):
-        before, before_ended = caption_rows(policy, rows, recipe)
+        before, before_ended = caption_rows(policy, rows, recipe, trainer.interface)
     _train(trainer, console)
     with console.status("saving"):
         save(run.path, policy, trainer, job.reward, rows[0])
     with console.status(f"captioning {len(rows)} {recipe.eval.split} pictures after training"):
-        after, after_ended = caption_rows(policy, rows, recipe)
+        after, after_ended = caption_rows(policy, rows, recipe, trainer.interface)
     # Both are scored now: normalisers have moved since the start, and one ruler must measure both.
     scores_before = evaluate_captions(before, rows, job.reward, before_ended)
     scores_after = evaluate_captions(after, rows, job.reward, after_ended)
@@ -132,10 +133,6 @@ def prepare(recipe: Recipe) -> Job:
 
 def _refuse_what_is_not_there(recipe: Recipe) -> None:
     """Keys of the contract that this version accepts in one value only: silence would be a lie."""
-    if recipe.model.quantization:
-        raise UserError("model.quantization: loading in 4 or 8 bits is not available yet; remove the key")
-    if recipe.model.encode_once == "on":
-        raise UserError("model.encode_once: not available yet, every pass encodes the pictures; use auto or off")
     if recipe.model.lora is not None and recipe.model.lora.dropout:
         raise UserError("model.lora.dropout: PPO compares log-probabilities of two passes, so it must be 0")
     if recipe.hub.repo:
@@ -155,11 +152,18 @@ def device_of(recipe: Recipe | RewardRecipe) -> str:
 
 
 def dtype_of(recipe: Recipe) -> torch.dtype:
-    """Weights' type where `model.dtype` is auto: `train.precision`, whose auto is bf16 on a GPU that has it."""
+    """Weights' type where `model.dtype` is auto: `train.precision`, whose auto is bf16 on hardware that has it."""
     precision = recipe.train.precision
     if precision == "auto":
-        precision = "bf16" if device_of(recipe) == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+        precision = "bf16" if _has_bf16(device_of(recipe)) else "fp32"
     return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def _has_bf16(device: str) -> bool:
+    """Whether matrix products in bf16 are the device's own; emulated, they are slower than fp32."""
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return any(getattr(torch.cpu, f"_is_{kind}_supported", bool)() for kind in ("amx_tile", "avx512_bf16"))
 
 
 def build_trainer(job: Job, policy: Policy, run: RunFolder) -> VisionPPOTrainer:
@@ -188,7 +192,7 @@ def build_trainer(job: Job, policy: Policy, run: RunFolder) -> VisionPPOTrainer:
     trainer.on_rollout = write_samples
     trainer.add_callback(Checkpoints(run, policy, trainer, job))
     if recipe.eval.every:
-        trainer.add_callback(PeriodicEvaluation(run, policy, job))
+        trainer.add_callback(PeriodicEvaluation(run, policy, job, trainer.interface))
     if guard is not None:
         trainer.add_callback(guard)
     return trainer
@@ -238,6 +242,10 @@ def trainer_arguments(recipe: Recipe, run: RunFolder) -> VisionPPOConfig:
         warmup=t.warmup,
         seed=t.seed,
         samples_per_prompt=t.samples_per_prompt,
+        critic=a.critic,
+        encode_once=recipe.model.encode_once,
+        feature_cache_gb=recipe.model.feature_cache_gb,
+        share_prompts=t.share_prompts,
         local_rollout_forward_batch_size=t.batch,
         response_length=g.max_new_tokens,
         min_new_tokens=g.min_new_tokens,
@@ -315,27 +323,31 @@ class Checkpoints(TrainerCallback):
 class PeriodicEvaluation(TrainerCallback):
     """Every `eval.every` steps: the means of the held-out metrics, as eval/* in metrics.jsonl."""
 
-    def __init__(self, run: RunFolder, policy: Policy, job: Job):
-        self.run, self.policy, self.job = run, policy, job
+    def __init__(self, run: RunFolder, policy: Policy, job: Job, interface: Interface):
+        self.run, self.policy, self.job, self.interface = run, policy, job, interface
         self.rows = eval_rows(job)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step % self.job.recipe.eval.every:
             return
-        captions, ended = caption_rows(self.policy, self.rows, self.job.recipe)
+        captions, ended = caption_rows(self.policy, self.rows, self.job.recipe, self.interface)
         scores = evaluate_captions(captions, self.rows, self.job.reward, ended)
         self.run.log(state.global_step, {f"eval/{name}": np.nanmean(values) for name, values in scores.items()})
 
 
 def save(folder: Path, policy: Policy, trainer: VisionPPOTrainer, reward: RewardFunction, row: Row) -> None:
     """Adapter (checked by reading it back), critic, and the reward's learned state, under `folder`."""
-    builder = PromptBuilder(policy.processor)
-    probe = pad_prompts([builder(row)], builder.pad_id, "right")
-    save_adapter(policy.model, folder / "adapter", {k: v.to(policy.model.device) for k, v in probe.items()})
+    interface = trainer.interface
+    token = torch.full((1, 1), interface.pad_id, device=interface.device)
+    probe = interface.pack([interface.builder(row)], token, torch.ones_like(token, dtype=torch.bool), share=False)
+    save_adapter(policy.model, folder / "adapter", probe.inputs)
     for name in ("critic", "reward"):
         (folder / name).mkdir(exist_ok=True)
-    critic = trainer.accelerator.unwrap_model(trainer.model).value_model
-    save_file({k: v.contiguous() for k, v in critic.state_dict().items()}, folder / "critic" / "value_head.safetensors")
+    module = trainer.accelerator.unwrap_model(trainer.model)
+    head = {name: tensor.contiguous() for name, tensor in module.value_model.state_dict().items()}
+    save_file(head, folder / "critic" / "value_head.safetensors")
+    if module.critic_adapter:
+        save_value_adapter(policy.model, folder / "critic" / "adapter")
     write_atomic(folder / "reward" / "state.json", json.dumps(reward.state_dict()).encode())
 
 
@@ -343,8 +355,10 @@ def eval_rows(job: Job) -> list[Row]:
     return [job.heldout[i] for i in range(min(len(job.heldout), job.recipe.eval.samples))]
 
 
-def caption_rows(policy: Policy, rows: Sequence[Row], recipe: Recipe) -> tuple[list[str], list[bool]]:
-    return caption(policy, rows, recipe.generation.max_new_tokens, recipe.eval.batch)
+def caption_rows(
+    policy: Policy, rows: Sequence[Row], recipe: Recipe, interface: Interface | None = None
+) -> tuple[list[str], list[bool]]:
+    return caption(policy, rows, recipe.generation.max_new_tokens, recipe.eval.batch, interface)
 
 
 def quiet_loading() -> None:

@@ -25,7 +25,8 @@ class Rollout:
     """One batch of sampled responses with all that was measured of them. See the legend in `mmft.types`.
 
     responses_BT: sampled tokens, padding after the end; mask_BT: the response up to and including EOS.
-    logprobs_BT, ref_logprobs_BT: under the sampling and the reference policy; value_BT: V(s_t).
+    logprobs_BT, ref_logprobs_BT: under the sampling and the reference policy (None where no KL is asked for);
+    value_BT: V(s_t).
     scores_B: the reward of each response, before penalties; finished_B: whether it ended with EOS.
     potential_BT: Phi(s_t) where the reward is shaped. watched: metrics that are logged with the batch.
     """
@@ -36,7 +37,7 @@ class Rollout:
     mask_BT: Tensor
     finished_B: Tensor
     logprobs_BT: Tensor
-    ref_logprobs_BT: Tensor
+    ref_logprobs_BT: Tensor | None
     value_BT: Tensor
     scores_B: Tensor
     captions: list[str] = field(default_factory=list)
@@ -86,7 +87,8 @@ def make_experience(rollout: Rollout, settings: ExperienceSettings) -> Experienc
     """
     mask_BT = rollout.mask_BT
     scores_B = penalised_scores(rollout.scores_B, rollout.finished_B, settings.missing_eos_penalty)
-    kl_BT = kl_estimate(rollout.logprobs_BT, rollout.ref_logprobs_BT, mask_BT, settings.kl_estimator)
+    reference_BT = rollout.logprobs_BT if rollout.ref_logprobs_BT is None else rollout.ref_logprobs_BT
+    kl_BT = kl_estimate(rollout.logprobs_BT, reference_BT, mask_BT, settings.kl_estimator)
     non_score_BT = -settings.kl_coef * kl_BT
     value_mask_BT = mask_BT if settings.eos_credit == "own" else one_longer(mask_BT)
     reward_BT = credit_score(non_score_BT, scores_B, last_index(value_mask_BT))

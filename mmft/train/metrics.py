@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -33,7 +36,6 @@ def rollout_metrics(
     scores = penalised_scores(rollout.scores_B, rollout.finished_B, missing_eos_penalty).mean()
     non_score = experience.non_score_reward_BT.sum(1).mean()
     metrics = {
-        "objective/kl": experience.kl_BT.sum(1).mean(),
         "objective/entropy": (-rollout.logprobs_BT * mask_BT).sum(1).mean(),
         "objective/non_score_reward": non_score,
         "objective/rlhf_reward": non_score + scores,
@@ -44,6 +46,8 @@ def rollout_metrics(
         "response/tokens": mask_BT.sum(1).float().mean(),
         "response/finished": rollout.finished_B.float().mean(),
     }
+    if rollout.ref_logprobs_BT is not None:
+        metrics["objective/kl"] = experience.kl_BT.sum(1).mean()
     metrics |= {name: torch.tensor(value, device=mask_BT.device) for name, value in rollout.watched.items()}
     if rollout.reward is not None:
         for kind in ("raw", "normalized", "weighted"):
@@ -60,3 +64,32 @@ def add_up(totals: dict[str, float], metrics: Mapping[str, Any], share: float, v
         else:
             weight = value_share if name.startswith(("value/", "loss/value")) else share
             totals[name] += weight * float(value)
+
+
+class PhaseTimer:
+    """Seconds that the parts of a step take, as `time/*`."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.start()
+
+    def start(self) -> None:
+        self._spent: dict[str, float] = defaultdict(float)
+        self._began = self._now()
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        began = self._now()
+        try:
+            yield
+        finally:
+            self._spent[phase] += self._now() - began
+
+    def stop(self) -> dict[str, float]:
+        """`time/step` since `start`, and `time/PHASE` of each phase within."""
+        return {"time/step": self._now() - self._began} | {f"time/{k}": v for k, v in self._spent.items()}
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":  # kernels run behind the program that launches them
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()

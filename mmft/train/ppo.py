@@ -7,11 +7,9 @@ resuming, several models in one process, DeepSpeed ZeRO-3.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
-import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import numpy as np
@@ -19,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
-from transformers import GenerationConfig
 from trl.experimental.ppo import PPOTrainer
 from trl.experimental.utils import get_reward
 
@@ -27,14 +24,19 @@ from mmft.functional.policy import KLController
 from mmft.functional.schedule import learning_rate_factor
 from mmft.models.anchor import Anchor
 from mmft.models.critic import ValueHead
-from mmft.models.generation import decode, evaluating, prefixes_of
+from mmft.models.decoding import Sampling, sample_responses
+from mmft.models.generation import decode, ended, prefixes_of
+from mmft.models.interface import Interface, evaluating
 from mmft.models.policy import eos_ids, picture_token_ids
 from mmft.models.prompts import Prompt, PromptBuilder, pad_prompts, prompts_of
 from mmft.models.scoring import PolicyWithCritic
+from mmft.models.selfcheck import check
+from mmft.models.value_adapter import adapters_off, add_value_adapter, critic_parameters
 from mmft.train import rollout as rollouts
-from mmft.train.experience import Experience, ExperienceSettings, Rollout, make_experience, ppo_loss
-from mmft.train.metrics import TRL_NAMES, add_up, rollout_metrics
+from mmft.train.experience import Experience, ExperienceSettings, Rollout, make_experience
+from mmft.train.metrics import TRL_NAMES, PhaseTimer, rollout_metrics
 from mmft.train.ppo_config import VisionPPOConfig, setting
+from mmft.train.update import Scored, Updater
 from mmft.types import RewardOutput, Row, UserError
 
 RewardCallable = Callable[..., RewardOutput]
@@ -79,8 +81,13 @@ class VisionPPOTrainer(PPOTrainer):
         self.stops = self._stop_ids(args, model, processing_class)
         self.banned = picture_token_ids(model, processing_class)
         self.on_rollout: Callable[[int, Rollout], None] | None = None
+        shares = setting(args, "share_prompts") and (value_model is None or isinstance(value_model, ValueHead))
+        budget = int(setting(args, "feature_cache_gb") * 2**30)
+        self.interface = Interface(model, self.builder, setting(args, "encode_once"), budget, shares)
         if value_model is None:
-            value_model = ValueHead(model.get_output_embeddings().weight.shape[1])
+            value_model = ValueHead(self.interface.hidden_size)
+        if setting(args, "critic") == "adapter":
+            add_value_adapter(model)
         if data_collator is None and not _is_tokenized(train_dataset):
             data_collator = self.builder.collate
         if not isinstance(reward_model, nn.Module):
@@ -102,6 +109,8 @@ class VisionPPOTrainer(PPOTrainer):
         self.policy_model.generation_config.eos_token_id = list(self.stops) or None
         self.kl = KLController(args.kl_coef, setting(args, "kl_target"), setting(args, "kl_horizon"))
         self.anchor = Anchor(self.policy_model, setting(args, "l2"), setting(args, "adapter_penalty"))
+        self.updater = Updater(self)
+        self.timer = PhaseTimer(self.accelerator.device)
         self._set_up_data()
 
     def _stop_ids(self, args: Any, model: Any, processing_class: Any) -> tuple[int, ...]:
@@ -133,8 +142,10 @@ class VisionPPOTrainer(PPOTrainer):
         if not isinstance(args, VisionPPOConfig) or self.optimizer is not None:
             super().create_optimizer_and_scheduler(num_training_steps)
             return
-        critic = [p for p in self.value_model.parameters() if p.requires_grad]
-        policy = [p for p in self.policy_model.parameters() if p.requires_grad]
+        adapter = critic_parameters(self.policy_model)
+        critic = [p for p in self.value_model.parameters() if p.requires_grad] + adapter
+        own = {id(p) for p in adapter}
+        policy = [p for p in self.policy_model.parameters() if p.requires_grad and id(p) not in own]
         groups = [
             {"params": policy, "lr": args.learning_rate},
             {"params": critic, "lr": args.value_learning_rate or args.learning_rate},
@@ -152,15 +163,16 @@ class VisionPPOTrainer(PPOTrainer):
         self._begin()
         batches = self._batches()
         for step in range(1, self.args.num_total_batches + 1):
-            started = time.perf_counter()
+            self.timer.start()
             orders = self._orders()
-            rollout = self._rollout(next(batches), next(orders))
+            rollout, scored = self._rollout(next(batches), next(orders))
             rollout.potential_BT = self._potentials(rollout)
             if self.on_rollout is not None:
                 self.on_rollout(step, rollout)
             experience = make_experience(rollout, self._experience_settings())
-            stats = self._update(rollout, experience, orders)
-            self._log_step(rollout, experience, stats, time.perf_counter() - started)
+            with self.timer("update"):
+                stats = self.updater.update(rollout, experience, orders, scored)
+            self._log_step(rollout, experience, stats)
             kl = self.accelerator.reduce(experience.kl_BT.sum(1).mean(), "mean")
             self.kl.update(kl.item(), self.args.batch_size)
             self.lr_scheduler.step()
@@ -169,118 +181,49 @@ class VisionPPOTrainer(PPOTrainer):
                 break
         self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
 
-    def _rollout(self, batch: dict[str, Any], order: list[list[Tensor]]) -> Rollout:
+    def _rollout(self, batch: dict[str, Any], order: list[Tensor]) -> tuple[Rollout, Scored]:
         """Samples a response for each row and scores it; old log-probabilities come from the first epoch's own
-        micro-batches.
+        micro-batches, of which the first keeps its graph for the update.
         """
-        args, pad_id = self.args, self.builder.pad_id
+        args = self.args
         group = setting(args, "samples_per_prompt")
         prompts = [p for p in prompts_of(batch) for _ in range(group)]
         rows = [row for row in batch.get("rows", []) for _ in range(group)]
         policy = self.accelerator.unwrap_model(self.model).policy
-        first = self.state.global_step == 0
-        size = args.local_rollout_forward_batch_size
-        with evaluating(policy):
-            responses, mask, finished, sampled = rollouts.sample(
-                policy, prompts, self._generation_config(), self.stops, pad_id, size, first
+        with self.timer("sample"), evaluating(policy):
+            check(self.interface, prompts)
+            responses, mask, sampled = sample_responses(
+                self.interface, prompts, self._sampling(), args.local_rollout_forward_batch_size
             )
-        micro = [index for minibatch in order for index in minibatch]
-        scores = rollouts.score(self.model, prompts, responses, mask, micro, pad_id)
-        if first and sampled is not None and setting(args, "top_p") == 1.0 and not setting(args, "top_k"):
-            rollouts.check_sampling(sampled, scores.logprobs_BT, mask, policy.dtype)
-        reference = self._reference_logprobs(prompts, responses, mask, micro)
+            finished = ended(responses, mask, self.stops)
+        with self.timer("score"):
+            scored = self.updater.score(prompts, responses, mask, order)
+        if self.state.global_step == 0 and setting(args, "top_p") == 1.0 and not setting(args, "top_k"):
+            rollouts.check_sampling(sampled, scored.scores.logprobs_BT, mask, policy.dtype)
+        with self.timer("reference"):
+            reference = self._reference_logprobs(prompts, responses, mask, order)
         captions = decode(self.builder.tokenizer, responses, mask) if rows else []
-        reward = self._reward(prompts, rows, responses, captions, finished)
+        with self.timer("reward"):
+            reward = self._reward(prompts, rows, responses, captions, finished)
+        scores = scored.scores
         rollout = Rollout(
             prompts, rows, responses, mask, finished, scores.logprobs_BT, reference, scores.value_BT,
             reward if isinstance(reward, Tensor) else torch.tensor(reward.total, device=mask.device),
             captions, None if isinstance(reward, Tensor) else reward,
         )  # fmt: skip
-        if first:
-            self._centre_critic(rollout)
-        return rollout
+        if self.state.global_step == 0:
+            self._centre_critic(rollout, scored)
+        return rollout, scored
 
-    def _centre_critic(self, rollout: Rollout) -> None:
+    def _centre_critic(self, rollout: Rollout, scored: Scored) -> None:
         """A fresh value head starts at the mean score of the first batch; TRL's settings leave it where it is."""
         critic = self.accelerator.unwrap_model(self.model).value_model
         if isinstance(critic, ValueHead) and isinstance(self.args, VisionPPOConfig):
             mean = float(self.accelerator.reduce(rollout.scores_B.mean(), "mean"))
             critic.centre(mean)
             rollout.value_BT += mean
-
-    def _update(
-        self, rollout: Rollout, experience: Experience, orders: Iterator[list[list[Tensor]]]
-    ) -> dict[str, float]:
-        """`num_ppo_epochs` passes, an optimizer step a minibatch; stops early where the policy has moved past
-        `target_kl`.
-        """
-        stats: dict[str, list[float]] = defaultdict(list)
-        for minibatch in itertools.chain.from_iterable(itertools.islice(orders, self.args.num_ppo_epochs)):
-            approx_kl = self._accumulate(rollout, experience, minibatch, stats)
-            target = setting(self.args, "target_kl")
-            if target is not None and approx_kl > target:
-                self.optimizer.zero_grad()
-                stats["update/stopped_early"] = [1.0]
-                break
-            self._step(stats)
-        means = {name: float(np.mean(values)) for name, values in stats.items()}
-        ratios = stats["policy/ratio_mean"]
-        extra = {
-            "policy/ratio_first": ratios[0],
-            "policy/ratio_max": max(stats["policy/ratio_max"]),
-            "ratio_var": _var(ratios),
-        }
-        return means | extra | {"update/minibatches": float(len(stats["policy/grad_norm"]))}
-
-    def _accumulate(
-        self, rollout: Rollout, experience: Experience, minibatch: list[Tensor], stats: dict[str, list[float]]
-    ) -> float:
-        """Gradients of one minibatch, micro-batch by micro-batch, equal to those of the minibatch in one piece."""
-        args, pad_id = self.args, self.builder.pad_id
-        tokens = sum(int(experience.mask_BT[index].sum()) for index in minibatch)
-        value_tokens = sum(int(experience.value_mask_BT[index].sum()) for index in minibatch)
-        totals: dict[str, float] = defaultdict(float)
-        for i, index in enumerate(minibatch):
-            last = i + 1 == len(minibatch)
-            with nullcontext() if last else self.accelerator.no_sync(self.model):
-                scores = rollouts.forward(
-                    self.model, rollout.prompts, rollout.responses_BT, rollout.mask_BT, index, pad_id
-                )
-                share = int(experience.mask_BT[index].sum()) / tokens
-                value_share = int(experience.value_mask_BT[index].sum()) / value_tokens
-                out = ppo_loss(
-                    scores, experience, index, args.cliprange, args.cliprange_value, args.vf_coef,
-                    setting(args, "entropy_coef"), share, value_share,
-                )  # fmt: skip
-                loss = out.loss
-                if last:  # once a minibatch: the penalty depends on weights, not on rows
-                    penalty = self.anchor.penalty()
-                    loss = loss + penalty.loss.to(loss.device)
-                    totals.update({name: float(value) for name, value in penalty.metrics.items()})
-                # accelerate divides by the accumulation steps; shares have done that already
-                self.accelerator.backward(loss * self.accelerator.gradient_accumulation_steps)
-            add_up(totals, out.metrics, share, value_share)
-            totals["loss/total"] += loss.item()
-        if not np.isfinite(totals["loss/total"]):
-            raise FloatingPointError(
-                f"the loss is {totals['loss/total']} at step {self.state.global_step + 1}; no weight was changed"
-            )
-        for name, value in totals.items():
-            stats[name].append(value)
-        approx_kl = torch.tensor(totals["policy/approx_kl"], device=self.accelerator.device)
-        return float(self.accelerator.reduce(approx_kl, "mean"))
-
-    def _step(self, stats: dict[str, list[float]]) -> None:
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        limit = self.args.max_grad_norm if setting(self.args, "clip_gradients") else float("inf")
-        norm = float(self.accelerator.clip_grad_norm_(parameters, limit))
-        if not np.isfinite(norm):
-            raise FloatingPointError(
-                f"the gradient is {norm} at step {self.state.global_step + 1}; no weight was changed"
-            )
-        stats["policy/grad_norm"].append(norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+            if scored.live is not None and scored.live.value_BT is not None:
+                scored.live = dataclasses.replace(scored.live, value_BT=scored.live.value_BT + mean)
 
     # What the loop is made of.
 
@@ -288,52 +231,54 @@ class VisionPPOTrainer(PPOTrainer):
         while True:
             yield from self.dataloader
 
-    def _orders(self) -> Iterator[list[list[Tensor]]]:
-        """Shuffled epochs without end: minibatches, each a list of micro-batches of row indices.
+    def _orders(self) -> Iterator[list[Tensor]]:
+        """Shuffled epochs without end: minibatches of row indices.
 
         The first order is given twice: to the scoring of old log-probabilities, then to the first epoch of the update.
         """
         args = self.args
-        device = self.accelerator.device
         for epoch in itertools.count():
-            order = torch.from_numpy(np.random.permutation(args.local_batch_size)).to(device)
-            size = args.per_device_train_batch_size
-            minibatches = [list(rows.split(size)) for rows in order.split(args.local_mini_batch_size)]
+            order = torch.from_numpy(self._permutation()).to(self.accelerator.device)
+            minibatches = list(order.split(args.local_mini_batch_size))
             if epoch == 0:
                 yield minibatches
             yield minibatches
 
-    def _generation_config(self) -> GenerationConfig:
+    def _permutation(self) -> np.ndarray:
+        """Rows shuffled; where responses share their prompt's pass, prompts are, and a prompt's rows stay together."""
+        args, group = self.args, setting(self.args, "samples_per_prompt")
+        if group == 1 or not self.interface.share_prompts:
+            return np.random.permutation(args.local_batch_size)
+        prompts = np.random.permutation(args.local_batch_size // group)
+        return (prompts[:, None] * group + np.arange(group)).reshape(-1)
+
+    def _sampling(self) -> Sampling:
         args = self.args
-        return GenerationConfig(
-            max_new_tokens=args.response_length,
-            min_new_tokens=setting(args, "min_new_tokens") or None,
-            temperature=args.temperature + 1e-7,
-            top_k=setting(args, "top_k"),
-            top_p=setting(args, "top_p"),
-            repetition_penalty=1.0,  # what a checkpoint sets here would sample from another policy than the one trained
-            do_sample=True,
-            eos_token_id=list(self.stops) or None,
-            pad_token_id=self.builder.pad_id,
-            suppress_tokens=self.banned or None,
-        )
+        return Sampling(
+            args.response_length, args.temperature + 1e-7, setting(args, "top_k"), setting(args, "top_p"),
+            setting(args, "min_new_tokens"), stops=tuple(self.stops), banned=tuple(self.banned),
+            as_transformers=not isinstance(args, VisionPPOConfig),
+        )  # fmt: skip
 
     def _scorer(self, policy: Any, critic: nn.Module) -> PolicyWithCritic:
         args = self.args
         early = setting(args, "min_new_tokens")
-        return PolicyWithCritic(policy, critic, self.banned, args.temperature + 1e-7, self.stops, early)
+        own_pass = isinstance(critic, ValueHead) and setting(args, "critic") == "adapter"
+        return PolicyWithCritic(policy, critic, self.banned, args.temperature + 1e-7, self.stops, early, own_pass)
 
     def _reference_logprobs(
-        self, prompts: list[Prompt], responses: Tensor, mask: Tensor, micro: list[Tensor]
-    ) -> Tensor:
-        """The reference policy's: the adapter switched off, or the second model where one was given."""
+        self, prompts: list[Prompt], responses: Tensor, mask: Tensor, order: list[Tensor]
+    ) -> Tensor | None:
+        """The reference policy's: the adapter switched off, or the second model where one was given. None where
+        nothing asks for a KL.
+        """
+        if isinstance(self.args, VisionPPOConfig) and self.kl.coef == 0 and self.kl.target is None:
+            return None
         if self.ref_model is None:
-            with self.null_ref_context():
-                return rollouts.score(
-                    self.model, prompts, responses, mask, micro, self.builder.pad_id, values=False
-                ).logprobs_BT
+            with adapters_off(self.model):
+                return self.updater.score_by(self.model, prompts, responses, mask, order)
         reference = self._scorer(self.ref_model, nn.Identity()).to(responses.device)
-        return rollouts.score(reference, prompts, responses, mask, micro, self.builder.pad_id, values=False).logprobs_BT
+        return self.updater.score_by(reference, prompts, responses, mask, order)
 
     def _reward(
         self, prompts: list[Prompt], rows: list[Row], responses: Tensor, captions: list[str], finished: Tensor
@@ -385,7 +330,7 @@ class VisionPPOTrainer(PPOTrainer):
             self._save_checkpoint(self.model, trial=None)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
-    def _log_step(self, rollout: Rollout, experience: Experience, stats: dict[str, float], seconds: float) -> None:
+    def _log_step(self, rollout: Rollout, experience: Experience, stats: dict[str, float]) -> None:
         args, device = self.args, rollout.mask_BT.device
         local = rollout_metrics(rollout, experience, args.missing_eos_penalty, args.gamma)
         local |= {TRL_NAMES.get(name, name): torch.tensor(value, device=device) for name, value in stats.items()}
@@ -403,13 +348,10 @@ class VisionPPOTrainer(PPOTrainer):
                 "val/num_eos_tokens": int(eos.sum()),
                 "lr": self.lr_scheduler.get_last_lr()[0],
                 "episode": self.state.episode,
-                "time/step": seconds,
             }
+            | self.timer.stop()
+            | {"time/encode": self.interface.features.take_seconds()}
         )
-
-
-def _var(values: list[float]) -> float:
-    return float(np.var(values, ddof=1)) if len(values) > 1 else 0.0
 
 
 def _is_tokenized(dataset: Any) -> bool:

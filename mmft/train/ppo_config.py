@@ -44,6 +44,12 @@ class VisionPPOConfig(PPOConfig):
     schedule: Literal["constant", "linear", "cosine"] = _setting("cosine", "Learning rate over updates.")
     warmup: int = _setting(0, "Updates in which the learning rate rises.")
     samples_per_prompt: int = _setting(1, "Responses of each prompt in a batch.")
+    critic: Literal["shared", "adapter"] = _setting(
+        "shared", "Value head on the policy's states, or on those of a second adapter."
+    )
+    encode_once: Literal["auto", "on", "off"] = _setting("auto", "Encode each distinct picture once, if frozen.")
+    feature_cache_gb: float = _setting(2.0, "Memory for features of pictures, in GiB.")
+    share_prompts: bool = _setting(True, "Responses of one prompt share its forward and backward pass.")
 
 
 # What a plain `PPOConfig` stands for: TRL's own behaviour.
@@ -51,6 +57,7 @@ _TRL: dict[str, Any] = {
     "top_k": 0, "top_p": 1.0, "min_new_tokens": 0, "eos_credit": "next", "whiten_advantages": True, "entropy_coef": 0.0,
     "target_kl": None, "clip_gradients": False, "kl_target": None, "kl_horizon": 10_000, "l2": 0.0,
     "adapter_penalty": 0.0, "value_learning_rate": None, "samples_per_prompt": 1,
+    "critic": "shared", "encode_once": "auto", "feature_cache_gb": 2.0, "share_prompts": False,
 }  # fmt: skip
 
 

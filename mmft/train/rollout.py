@@ -1,47 +1,29 @@
-"""Sampling responses and scoring them token by token, the two passes of a rollout."""
+"""Scoring sampled responses token by token, and whether sampling and scoring agree."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig
 
-from mmft.functional.masked import masked_mean, response_mask
-from mmft.models.generation import generate
+from mmft.functional.masked import masked_mean
+from mmft.models.interface import Interface
 from mmft.models.prompts import Prompt
-from mmft.models.scoring import TokenScores, pack
+from mmft.models.scoring import TokenScores
 
 # Mean |log pi(sampled) - log pi(recomputed)| in nats above which sampling and learning are not about the same policy.
 _MISMATCH = {torch.float32: 0.02, torch.bfloat16: 0.3, torch.float16: 0.1}
 
 
-def sample(
-    policy: Any,
-    prompts: Sequence[Prompt],
-    config: GenerationConfig,
-    stops: Sequence[int],
-    pad_id: int,
-    batch: int,
-    scores: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """(responses_BT, mask_BT, finished_B, sampled log-probabilities or None). Nothing is left after the first EOS."""
-    responses_BT, logprobs_BT = generate(policy, prompts, config, pad_id, batch, scores)
-    mask_BT = response_mask(responses_BT, stops, None)  # a sampled padding token is a token like any other
-    finished_B = torch.isin(responses_BT, torch.tensor(stops, device=responses_BT.device)).any(1)
-    return responses_BT.masked_fill(~mask_BT, pad_id), mask_BT, finished_B, logprobs_BT
-
-
 @torch.no_grad()
 def score(
     model: nn.Module,
+    interface: Interface,
     prompts: Sequence[Prompt],
     responses_BT: Tensor,
     mask_BT: Tensor,
     batches: Sequence[Tensor],
-    pad_id: int,
     values: bool = True,
 ) -> TokenScores:
     """Log-probabilities and values of all rows, computed in the micro-batches `batches` (index tensors that cover
@@ -49,34 +31,38 @@ def score(
 
     The update's first epoch uses the same micro-batches, so its first ratio compares equal arithmetic and is exactly 1.
     """
-    shape = responses_BT.shape
-    logprobs_BT = torch.zeros(shape, device=responses_BT.device)
-    value_BT = torch.zeros(shape, device=responses_BT.device)
+    zeros = torch.zeros(responses_BT.shape, device=responses_BT.device)
+    whole = TokenScores(zeros, None, zeros.clone())
     for index in batches:
-        scores = forward(model, prompts, responses_BT, mask_BT, index, pad_id, values, with_entropy=False)
-        # What fills a short row may itself be a banned token, of probability 0.
-        logprobs_BT[index] = scores.logprobs_BT.masked_fill(~mask_BT[index], 0.0)
-        if scores.value_BT is not None:
-            value_BT[index] = scores.value_BT
-    return TokenScores(logprobs_BT, None, value_BT)
+        scores = forward(model, interface, prompts, responses_BT, mask_BT, index, values, with_entropy=False)
+        put(whole, index, scores, mask_BT)
+    return whole
+
+
+def put(whole: TokenScores, index: Tensor, scores: TokenScores, mask_BT: Tensor) -> None:
+    """Writes the scores of the rows `index` into those of the batch, without their graph."""
+    # What fills a short row may itself be a banned token, of probability 0.
+    whole.logprobs_BT[index] = scores.logprobs_BT.detach().masked_fill(~mask_BT[index], 0.0)
+    if scores.value_BT is not None:
+        whole.value_BT[index] = scores.value_BT.detach()
 
 
 def forward(
     model: nn.Module,
+    interface: Interface,
     prompts: Sequence[Prompt],
     responses_BT: Tensor,
     mask_BT: Tensor,
     index: Tensor,
-    pad_id: int,
     values: bool = True,
     with_entropy: bool = True,
+    entropy_grad: bool = False,
 ) -> TokenScores:
     """One micro-batch through policy and critic. Rows and their pictures are picked together, by one index."""
-    device = responses_BT.device
     picked = [prompts[i] for i in index.tolist()]
-    inputs, index_BT = pack(picked, responses_BT[index], mask_BT[index], pad_id)
-    inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
-    return model(inputs, index_BT.to(device), responses_BT[index], values=values, with_entropy=with_entropy)
+    packed = interface.pack(picked, responses_BT[index], mask_BT[index])
+    with interface.prepacked():
+        return model(packed, responses_BT[index], values=values, with_entropy=with_entropy, entropy_grad=entropy_grad)
 
 
 def check_sampling(sampled_BT: Tensor, scored_BT: Tensor, mask_BT: Tensor, dtype: torch.dtype) -> None:

@@ -1,0 +1,214 @@
+"""The update of PPO: which rows go through the model together, and what is done with their gradients."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmft.models.packing import groups_of
+from mmft.models.prompts import Prompt
+from mmft.models.scoring import TokenScores
+from mmft.train import rollout as rollouts
+from mmft.train.experience import Experience, Rollout, ppo_loss
+from mmft.train.metrics import add_up
+from mmft.train.ppo_config import VisionPPOConfig, setting
+
+if TYPE_CHECKING:
+    from mmft.train.ppo import VisionPPOTrainer
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+@dataclass
+class Scored:
+    """Old log-probabilities and values of a batch; `live`: those of the first micro-batch with their graph, which the
+    update's first pass would only compute again.
+    """
+
+    scores: TokenScores
+    live: TokenScores | None = None
+
+
+class Updater:
+    """Runs a trainer's optimizer over a rollout. `micro_batch` rows go through the model at once; it is halved where
+    memory runs out, and the gradients of a minibatch stay what they are.
+    """
+
+    def __init__(self, trainer: VisionPPOTrainer):
+        self.trainer = trainer
+        self.micro_batch: int = trainer.args.per_device_train_batch_size
+
+    def micro_batches(self, order: list[Tensor], prompts: Sequence[Prompt], mask_BT: Tensor) -> list[list[Tensor]]:
+        """Each minibatch cut into micro-batches, rows of one prompt and of like length beside each other.
+
+        TRL's settings keep the order drawn. The sum over a minibatch does not depend on it.
+        """
+        if isinstance(self.trainer.args, VisionPPOConfig):
+            lengths = mask_BT.sum(1).tolist()
+            place = {i: g for g, group in enumerate(groups_of(prompts)) for i in group}
+            if not self.trainer.interface.share_prompts:
+                place = dict.fromkeys(place, 0)
+            longest: dict[int, int] = defaultdict(int)
+            for i, g in place.items():
+                longest[g] = max(longest[g], len(prompts[i]) + lengths[i])
+
+            def like(i: int) -> tuple[int, int, int, int]:
+                return -longest[place[i]], place[i], -(len(prompts[i]) + lengths[i]), i
+
+            order = [torch.tensor(sorted(rows.tolist(), key=like), device=rows.device) for rows in order]
+        return [list(rows.split(self.micro_batch)) for rows in order]
+
+    def score(self, prompts: list[Prompt], responses_BT: Tensor, mask_BT: Tensor, order: list[Tensor]) -> Scored:
+        """Scores of all rows before the update, in its first epoch's micro-batches."""
+        trainer = self.trainer
+        arguments = (trainer.model, trainer.interface, prompts, responses_BT, mask_BT)
+
+        def attempt() -> Scored:
+            first, *rest = itertools.chain.from_iterable(self.micro_batches(order, prompts, mask_BT))
+            if trainer.accelerator.num_processes > 1:  # a wrapper may count on backward following forward
+                return Scored(rollouts.score(*arguments, [first, *rest]))
+            scores = rollouts.score(*arguments, rest)
+            live = rollouts.forward(*arguments, first, entropy_grad=self._entropy_grad)
+            rollouts.put(scores, first, live, mask_BT)
+            return Scored(scores, live)
+
+        return self.halving(attempt)
+
+    def score_by(
+        self, model: Any, prompts: list[Prompt], responses_BT: Tensor, mask_BT: Tensor, order: list[Tensor]
+    ) -> Tensor:
+        """Log-probabilities under another policy, in the same micro-batches."""
+
+        def attempt() -> Tensor:
+            micro = list(itertools.chain.from_iterable(self.micro_batches(order, prompts, mask_BT)))
+            interface = self.trainer.interface
+            return rollouts.score(model, interface, prompts, responses_BT, mask_BT, micro, values=False).logprobs_BT
+
+        return self.halving(attempt)
+
+    def halving(self, attempt: Callable[[], T]) -> T:
+        """What `attempt` gives, with half as many rows at once where memory runs out, until it does not."""
+        while True:
+            try:
+                return attempt()
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                if not _out_of_memory(error) or self.micro_batch == 1:
+                    raise
+            self.trainer.optimizer.zero_grad()
+            self.micro_batch = (self.micro_batch + 1) // 2
+            logger.warning("out of memory: going on with %d rows at once; the gradients are the same", self.micro_batch)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+    @property
+    def _entropy_grad(self) -> bool:
+        return bool(setting(self.trainer.args, "entropy_coef"))
+
+    def update(
+        self, rollout: Rollout, experience: Experience, orders: Iterator[list[Tensor]], scored: Scored
+    ) -> dict[str, float]:
+        """`num_ppo_epochs` passes, an optimizer step a minibatch; stops early where the policy has moved past
+        `target_kl`.
+        """
+        args = self.trainer.args
+        stats: dict[str, list[float]] = defaultdict(list)
+        epochs = itertools.islice(orders, args.num_ppo_epochs)
+        for order in itertools.chain.from_iterable(epochs):
+            live, scored.live = scored.live, None
+            approx_kl = self._gradients(rollout, experience, order, stats, live)
+            target = setting(args, "target_kl")
+            if target is not None and approx_kl > target:
+                self.trainer.optimizer.zero_grad()
+                stats["update/stopped_early"] = [1.0]
+                break
+            self._step(stats)
+        means = {name: float(np.mean(values)) for name, values in stats.items()}
+        ratios = stats["policy/ratio_mean"]
+        extra = {
+            "policy/ratio_first": ratios[0],
+            "policy/ratio_max": max(stats["policy/ratio_max"]),
+            "ratio_var": float(np.var(ratios, ddof=1)) if len(ratios) > 1 else 0.0,
+        }
+        return means | extra | {"update/minibatches": float(len(stats["policy/grad_norm"]))}
+
+    def _gradients(
+        self, rollout: Rollout, experience: Experience, rows: Tensor, stats: dict[str, list[float]],
+        live: TokenScores | None,
+    ) -> float:  # fmt: skip
+        """Gradients of one minibatch; what was computed beforehand serves the first attempt."""
+        ready = [live]
+
+        def attempt() -> float:
+            (minibatch,) = self.micro_batches([rows], rollout.prompts, rollout.mask_BT)
+            return self._accumulate(rollout, experience, minibatch, stats, ready.pop() if ready else None)
+
+        return self.halving(attempt)
+
+    def _accumulate(
+        self, rollout: Rollout, experience: Experience, minibatch: list[Tensor], stats: dict[str, list[float]],
+        live: TokenScores | None,
+    ) -> float:  # fmt: skip
+        """Gradients of one minibatch, micro-batch by micro-batch, equal to those of the minibatch in one piece."""
+        trainer, args = self.trainer, self.trainer.args
+        tokens = sum(int(experience.mask_BT[index].sum()) for index in minibatch)
+        value_tokens = sum(int(experience.value_mask_BT[index].sum()) for index in minibatch)
+        totals: dict[str, float] = defaultdict(float)
+        for i, index in enumerate(minibatch):
+            last = i + 1 == len(minibatch)
+            with nullcontext() if last else trainer.accelerator.no_sync(trainer.model):
+                scores, live = live, None
+                if scores is None:
+                    scores = rollouts.forward(
+                        trainer.model, trainer.interface, rollout.prompts, rollout.responses_BT, rollout.mask_BT, index,
+                        entropy_grad=self._entropy_grad,
+                    )  # fmt: skip
+                share = int(experience.mask_BT[index].sum()) / tokens
+                value_share = int(experience.value_mask_BT[index].sum()) / value_tokens
+                out = ppo_loss(
+                    scores, experience, index, args.cliprange, args.cliprange_value, args.vf_coef,
+                    setting(args, "entropy_coef"), share, value_share,
+                )  # fmt: skip
+                loss = out.loss
+                if last:  # once a minibatch: the penalty depends on weights, not on rows
+                    penalty = trainer.anchor.penalty()
+                    loss = loss + penalty.loss.to(loss.device)
+                    totals.update({name: float(value) for name, value in penalty.metrics.items()})
+                # accelerate divides by the accumulation steps; shares have done that already
+                trainer.accelerator.backward(loss * trainer.accelerator.gradient_accumulation_steps)
+            add_up(totals, out.metrics, share, value_share)
+            totals["loss/total"] += loss.item()
+        if not np.isfinite(totals["loss/total"]):
+            raise FloatingPointError(
+                f"the loss is {totals['loss/total']} at step {trainer.state.global_step + 1}; no weight was changed"
+            )
+        for name, value in totals.items():
+            stats[name].append(value)
+        approx_kl = torch.tensor(totals["policy/approx_kl"], device=trainer.accelerator.device)
+        return float(trainer.accelerator.reduce(approx_kl, "mean"))
+
+    def _step(self, stats: dict[str, list[float]]) -> None:
+        trainer: Any = self.trainer
+        parameters = [p for group in trainer.optimizer.param_groups for p in group["params"]]
+        limit = trainer.args.max_grad_norm if setting(trainer.args, "clip_gradients") else float("inf")
+        norm = float(trainer.accelerator.clip_grad_norm_(parameters, limit))
+        if not np.isfinite(norm):
+            raise FloatingPointError(
+                f"the gradient is {norm} at step {trainer.state.global_step + 1}; no weight was changed"
+            )
+        stats["policy/grad_norm"].append(norm)
+        trainer.optimizer.step()
+        trainer.optimizer.zero_grad()
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
