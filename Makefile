@@ -1,7 +1,7 @@
 # `make check` is what every change must pass; `make format` mends what can be mended by machine.
 PYTHON ?= python
 
-.PHONY: check format lint types layers equations test test-slow
+.PHONY: check format lint types layers equations torchvision models test test-slow
 
 check: lint types layers equations test
 
@@ -21,6 +21,14 @@ layers:
 
 equations:
 	$(PYTHON) scripts/check_equations.py
+
+# For the families whose processors need it, and for tests alone: tests/torchvision_shim.py. Without it those are skipped.
+torchvision:
+	[ -d .torchvision/torchvision ] || $(PYTHON) -m pip install --quiet --no-deps --retries 1 --target .torchvision \
+		torchvision==0.28.0 num2words docopt || echo "torchvision cannot be had: tests that need it are skipped"
+
+models:
+	$(PYTHON) scripts/model_table.py
 
 test:
 	$(PYTHON) -m pytest -q

@@ -118,6 +118,15 @@ def stirred(module: torch.nn.Module, std: float, seed: int = 1) -> torch.nn.Modu
     return module
 
 
+def answers(rows: int, tokens: int, seed: int = 0) -> torch.Tensor:
+    """(rows, tokens) ordinary tokens of the bundled tokenizer: no placeholder, no end."""
+    words = processor().tokenizer
+    special = {*words.all_special_ids, words.convert_tokens_to_ids("<image>")}
+    ordinary = torch.tensor([i for i in range(60) if i not in special])
+    generator = torch.Generator().manual_seed(seed)
+    return ordinary[torch.randint(len(ordinary), (rows, tokens), generator=generator)]
+
+
 def rows(count: int = 8) -> list[Row]:
     """Scenes asked in prompts of different lengths."""
     scenes = EmojiScenes(count)

@@ -12,9 +12,11 @@ from transformers import (
     Blip2Processor,
     BlipProcessor,
     ChameleonProcessor,
+    Emu3Processor,
     Florence2Processor,
     FuyuProcessor,
     GitProcessor,
+    IdeficsProcessor,
     InstructBlipProcessor,
     Kosmos2Processor,
     MllamaProcessor,
@@ -272,3 +274,43 @@ def chameleon(folder: Path) -> None:
         folder, "chameleon", ChameleonProcessor(picture, words, image_seq_length=16), ids, vq_config=quantiser,
         vocabulary_map=words.get_vocab(), **text,
     )  # fmt: skip
+
+
+@family("emu3", "no tower: a picture becomes ids, with a mark at each row's end; padded when sizes differ", chat=True)
+def emu3(folder: Path) -> None:
+    names = {
+        "image_token": "<image>", "boi_token": "<|image start|>", "eoi_token": "<|image end|>",
+        "image_wrapper_token": "<|image token|>", "eof_token": "<|extra_201|>",
+    }  # fmt: skip
+    codes = [f"<|visual token {i:06d}|>" for i in range(64)]
+    words = tokenizer(
+        ["<pad>", "<s>", "</s>", "<|extra_200|>", *codes], [*names.values()], bos_token="<s>", eos_token="</s>",
+        pad_token="<pad>", extra_special_tokens=names,
+    )  # fmt: skip
+    picture = image_processor("Emu3", min_pixels=SIDE * SIDE, max_pixels=SIDE * SIDE)
+    processor = Emu3Processor(picture, words, chat_template=template("<image>", "USER: ", "ASSISTANT: ", " "))
+    quantiser = {
+        "codebook_size": len(codes), "base_channels": 32, "channel_multiplier": [1, 1, 1, 1], "num_res_blocks": 1,
+        "hidden_size": 32,
+    }  # fmt: skip
+    text = language(words)
+    del text["model_type"]
+    ids = ids_of(words)
+    save(folder, "emu3", processor, ids, vq_config=quantiser, text_config=text, vocabulary_map=words.get_vocab(), **ids)
+
+
+@family("idefics", "cross-attention between layers; a list of pictures for each prompt")
+def idefics(folder: Path) -> None:
+    words = tokenizer(
+        ["<pad>", "<s>", "</s>", "<unk>"], ["<fake_token_around_image>", "<image>"], bos_token="<s>", eos_token="</s>",
+        pad_token="<pad>", unk_token="<unk>",
+    )  # fmt: skip
+    text = language(words, vocab_size=len(words) - 2)  # placeholders are read, never written
+    del text["model_type"], text["num_key_value_heads"]
+    ids = ids_of(words)
+    tower = {
+        "embed_dim": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "image_size": SIDE, "patch_size": PATCH,
+    }  # fmt: skip
+    processor = IdeficsProcessor(image_processor("Idefics", image_size=SIDE), words, image_size=SIDE)
+    save(folder, "idefics", processor, ids, vision_config=tower, additional_vocab_size=2, **text)

@@ -16,6 +16,7 @@ from transformers import (
     LlavaOnevisionProcessor,
     LlavaProcessor,
     PreTrainedTokenizerFast,
+    VideoLlavaProcessor,
 )
 from zoo_parts import (
     HIDDEN,
@@ -90,6 +91,22 @@ def vipllava(folder: Path) -> None:
         folder, "vipllava", LlavaProcessor(image_processor("CLIP", **CLIP), words, **CLASS_TOKEN), ids,
         vision_config=vision("clip_vision_model"), text_config=language(words), image_seq_length=16,
         image_token_index=words.image_token_id, vision_feature_layer=[-1, -2], **ids,
+    )  # fmt: skip
+
+
+@family("video_llava", "two towers; forward names its pictures `pixel_values_images`", torchvision=True, chat=True)
+def video_llava(folder: Path) -> None:
+    words = tokenizer(
+        ["<unk>", "<s>", "</s>"], ["<image>", "<pad>", "<video>"], single="<s> $A", bos_token="<s>", eos_token="</s>",
+        unk_token="<unk>", pad_token="<pad>", extra_special_tokens={"image_token": "<image>", "video_token": "<video>"},
+    )  # fmt: skip
+    chat = template("<image>\n", "USER: ", "ASSISTANT: ", " ")
+    parts = image_processor("VideoLlava", **CLIP), video_processor("VideoLlava", **CLIP), words
+    ids = ids_of(words)
+    save(
+        folder, "video_llava", VideoLlavaProcessor(*parts, chat_template=chat, **CLASS_TOKEN), ids,
+        vision_config=vision("clip_vision_model"), text_config=language(words), image_seq_length=16,
+        image_token_index=words.image_token_id, video_token_index=words.video_token_id, **ids,
     )  # fmt: skip
 
 

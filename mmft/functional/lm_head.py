@@ -17,6 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 # Logits held at once: 2**22 in fp32 are 16 MB, small beside any model, large enough to be fast.
 CHUNK_ELEMENTS = 2**22
+# So many chunks of a trained head's logits are kept for the backward pass before they are computed anew in it.
+_KEPT_CHUNKS = 2
 # A log-probability of a token that cannot be: -inf times its probability 0 would be NaN.
 _LEAST = -1e4
 
@@ -163,7 +165,7 @@ def _checkpointed(
     head: nn.Module, states: Tensor, tokens: Tensor, forbidden: Forbidden, temperature: float,
     transform: LogitTransform, with_entropy: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Any output layer, trained or not: a chunk's logits are computed again in the backward pass."""
+    """Any output layer, trained or not: a chunk's logits are computed again in the backward pass, unless they are few."""
 
     def of(start: int, stop: int) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
         def scores(chunk: Tensor) -> tuple[Tensor, Tensor]:
@@ -178,9 +180,10 @@ def _checkpointed(
     with torch.no_grad():
         vocabulary = head(states[:1]).shape[-1]
     rows = max(1, CHUNK_ELEMENTS // vocabulary)
+    few = len(states) <= _KEPT_CHUNKS * rows
     parts = []
     for start in range(0, len(states), rows):
-        stop = min(start + rows, len(states))
-        parts.append(checkpoint(of(start, stop), states[start:stop], use_reentrant=False))
+        chunk, scores = states[start : start + rows], of(start, min(start + rows, len(states)))
+        parts.append(scores(chunk) if few else checkpoint(scores, chunk, use_reentrant=False))
     logprobs, entropy = (torch.cat(items) for items in zip(*parts, strict=True))
     return logprobs, entropy if with_entropy else None

@@ -152,8 +152,9 @@ class FeatureStore:
         if self.way == "outputs":
             names = list(inspect.signature(self.features).parameters)
             known = {n: v for n, v in pictures.items() if n in names}
-            if names[0] not in known:  # the processor calls the pixels otherwise
-                known[names[0]] = next(v for n, v in pictures.items() if n not in known and v.is_floating_point())
+            left = [v for n, v in pictures.items() if n not in known and v.is_floating_point()]
+            if names[0] not in known and left:  # the processor calls the pixels otherwise
+                known[names[0]] = left[0]
             return without_dropped(self.features(**known, return_dict=True))
         ids = {}
         if len(prompts[0]) and "input_ids" in inspect.signature(self.model.forward).parameters:
@@ -278,7 +279,8 @@ def _merge_value(name: str, values: list[Any]) -> Any:
     first = values[0]
     if isinstance(first, Tensor) and first.dim():
         return cat_padded(values)
-    if isinstance(first, list | tuple) and name == "pooler_output":  # a tensor a picture
+    a_picture_each = name == "pooler_output" or len({len(v) for v in values if isinstance(v, list | tuple)}) > 1
+    if isinstance(first, list | tuple) and a_picture_each:
         return type(first)(item for value in values for item in value)
     if isinstance(first, list | tuple):  # a tensor (or list of pictures) a layer
         return type(first)(_merge_value("pooler_output", list(items)) for items in zip(*values, strict=True))

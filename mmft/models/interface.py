@@ -19,11 +19,13 @@ from mmft.models.encode_once import PIXELS, FeatureStore
 from mmft.models.packing import (
     Growth,
     Packed,
+    PromptSees,
     additive,
     groups_of,
     pack_apart,
     pack_decoder,
     pack_together,
+    prompt_blocks,
     response_rows,
     split_groups,
     tree_mask,
@@ -71,9 +73,12 @@ class Interface:
         text = getattr(self.base.config, "text_config", None)
         self.encoder_decoder = any(c is not None and c.is_encoder_decoder for c in (self.base.config, text))
         self.growth: Growth = {}
-        self.prefix_sees_all = False  # whether a prompt's tokens see those after them in the prompt
+        self.prompt_sees: PromptSees = "before"
         self.features = FeatureStore(self.base, feature_budget, "off" if encode_once == "off" else None)
-        self.share_prompts = share_prompts and not self.encoder_decoder and "position_ids" in self.takes
+        self.no_sharing = ""  # why prompts that are asked to be shared cannot be, where the signature says so already
+        if share_prompts and (self.encoder_decoder or "position_ids" not in self.takes):
+            self.no_sharing = "its decoder reads no prompt" if self.encoder_decoder else "it takes no position ids"
+        self.share_prompts = share_prompts and not self.no_sharing
         self.decoder = "cached"  # of `mmft.models.decoding.DECODERS`
         self.checked = False  # by `mmft.models.selfcheck`; until then nothing is shared
         self.kinds: dict[int, Prompt] = {}  # a prompt of each number of pictures that was checked
@@ -121,7 +126,8 @@ class Interface:
         elif groups := self.shared_groups(prompts, responses, share):
             positions = [self.prompt_positions(prompts[group[0]]) for group in groups]
             packed = pack_together(prompts, responses, width, self.pad_id, self.growth, groups, positions)
-            tree = tree_mask(packed.inputs["attention_mask"], self.prefix_sees_all)
+            blocks = prompt_blocks(packed, self.prompt_sees, self.growth)
+            tree = tree_mask(packed.inputs["attention_mask"], blocks)
             packed.inputs["attention_mask"] = additive(tree, self.dtype)
             shown = [prompts[group[0]] for group in groups]
         else:

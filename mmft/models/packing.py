@@ -19,6 +19,8 @@ from mmft.models.prompts import Prompt, pad_sequences, stack_token_inputs
 
 REPEAT_LAST: Literal["last"] = "last"
 Growth = dict[str, int | Literal["last"]]  # what a per-token input holds at an answer's tokens
+# What a prompt's token sees: what precedes it, and beside that the rest of its picture, or of the prompt.
+PromptSees = Literal["before", "pictures", "all"]
 
 
 @dataclass
@@ -159,19 +161,37 @@ def _right_padded(x: Tensor, length: int, value: int) -> Tensor:
     return torch.nn.functional.pad(x, (0, length - x.shape[-1]), value=value)
 
 
-def tree_mask(segment_GL: Tensor, prompt_sees_all: bool = False) -> Tensor:
+def tree_mask(segment_GL: Tensor, block_GL: Tensor | None = None) -> Tensor:
     """(G, 1, L, L) bool, True = query row i sees key j: what lies before it in its own segment and in segment 0, the
-    prompt; if `prompt_sees_all`, the prompt's tokens see one another. Padding (-1) sees itself, so that no row of a
-    softmax is empty, and is seen by none.
+    prompt; tokens of one block, numbered from 1, see one another as well. Padding (-1) sees itself, so that no row of
+    a softmax is empty, and is seen by none.
     """
     length = segment_GL.shape[1]
     before = torch.ones(length, length, dtype=torch.bool, device=segment_GL.device).tril()
     own = segment_GL[:, :, None] == segment_GL[:, None, :]
     prompt = (segment_GL == 0)[:, None, :] & (segment_GL >= 0)[:, :, None]
     allowed = before & (own | prompt)
-    if prompt_sees_all:
-        allowed = allowed | (prompt & (segment_GL == 0)[:, :, None])
+    if block_GL is not None:
+        allowed = allowed | ((block_GL[:, :, None] == block_GL[:, None, :]) & (block_GL > 0)[:, :, None])
     return allowed[:, None]
+
+
+def prompt_blocks(packed: Packed, seen: PromptSees, growth: Growth) -> Tensor | None:
+    """(G, L) blocks for `tree_mask`: the prompt as one, or each run of its tokens of another type than an answer's.
+
+    `packed` is `pack_together`'s, with segments in the place of an attention mask.
+    """
+    is_prompt = packed.inputs["attention_mask"] == 0
+    if seen == "before":
+        return None
+    if seen == "all":
+        return is_prompt.long()
+    inside = torch.zeros_like(is_prompt)
+    for name, rule in growth.items():
+        if rule != REPEAT_LAST and name in packed.inputs:
+            inside = inside | (is_prompt & (packed.inputs[name] != rule))
+    starts = inside & ~torch.nn.functional.pad(inside, (1, 0))[:, :-1]
+    return starts.cumsum(1) * inside
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -129,7 +129,19 @@ class PromptBuilder:
             self._writes_placeholder = self._processor_writes_placeholder(text, pictures, options)
         if plain and not self._writes_placeholder:
             text = self.placeholder * len(pictures) + text
-        return self.processor(text=[text], images=pictures, **options)
+        return self._process(text, pictures, options)
+
+    def _process(self, text: str, pictures: list[Any], options: dict[str, Any]) -> Any:
+        """Most processors take the pictures of all texts in one list, some only a list of them for each text."""
+        try:
+            return self.processor(text=[text], images=pictures, **options)
+        except ValueError as error:
+            if len(pictures) == 1:
+                raise
+            try:
+                return self.processor(text=[text], images=[pictures], **options)
+            except (ValueError, TypeError, IndexError, RuntimeError):
+                raise error from None
 
     def _processor_writes_placeholder(self, text: str, pictures: list[Any], options: dict[str, Any]) -> bool:
         """Whether the processor puts placeholders into a text without any, and more of them into a text that has its
@@ -138,7 +150,7 @@ class PromptBuilder:
         placeholder_id = self.tokenizer.convert_tokens_to_ids(self.placeholder)
 
         def count(prefix: str) -> int:
-            ids = self.processor(text=[prefix + text], images=pictures, **options)["input_ids"]
+            ids = self._process(prefix + text, pictures, options)["input_ids"]
             return int((ids == placeholder_id).sum())
 
         level = transformers_logging.get_verbosity()

@@ -24,6 +24,9 @@ from mmft.models.packing import Packed
 from mmft.models.structure import output_head
 from mmft.models.value_adapter import CRITIC, adapter_active
 
+# What one product may differ by between two calls, relative to the largest logit.
+_ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.02, torch.float16: 5e-3}
+
 
 @dataclass(frozen=True)
 class TokenScores:
@@ -170,8 +173,10 @@ def logit_transform(model: Any, head: nn.Module, states: Tensor, logits: Tensor)
     cap = getattr(text, "final_logit_softcapping", None)
     factor = float(scale) if isinstance(scale, int | float) else 1 / float(divided) if divided else 1.0
     said = LogitTransform(factor, float(cap) if cap else None)
-    plain = head(states).float()
+    plain, given = head(states).float(), logits.float()
     # What the config says comes first: near 0 a cap cannot be told from none.
-    if said != LogitTransform() and torch.allclose(said(plain), logits.float(), rtol=1e-2, atol=1e-3):
-        return said
-    return LogitTransform() if torch.equal(plain, logits.float()) else None
+    for candidate in (said, LogitTransform()):
+        gap = (candidate(plain) - given).abs().max()
+        if gap <= _ROUNDING.get(logits.dtype, 0.02) * given.abs().max():
+            return candidate
+    return None

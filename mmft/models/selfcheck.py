@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from mmft.models.decoding import DECODERS, Responses, Sampling
 from mmft.models.interface import Interface, evaluating
-from mmft.models.packing import REPEAT_LAST
+from mmft.models.packing import REPEAT_LAST, PromptSees
 from mmft.models.prompts import Prompt, counted
 from mmft.models.scoring import PolicyWithCritic
 from mmft.types import UserError
@@ -188,11 +188,13 @@ class _Check:
 
     def _sharing(self) -> None:
         interface = self.interface
+        if interface.no_sharing:
+            self.notes.append(f"each response computes its prompt anew: {interface.no_sharing}")
         if not interface.share_prompts:
             return
         reason = ""
-        for sees_all in (False, True):
-            interface.prefix_sees_all = sees_all
+        for sees in get_args(PromptSees):
+            interface.prompt_sees = sees
             problem = self._sharing_problem()
             if not problem:
                 return
@@ -218,16 +220,15 @@ class _Check:
 
 
 def _two_prompts(interface: Interface, prompts: Sequence[Prompt]) -> tuple[Prompt, Prompt]:
-    """The first prompt with a picture, and one of another length with as many: of the data, or the first without its
-    last token.
-    """
+    """The first prompt with a picture, and one of another picture and length: as it is, or without its last token."""
     first = next((p for p in prompts if p.pictures), prompts[0])
     like = [p for p in prompts if p.picture_count == first.picture_count]
-    other = next((p for p in like if len(p) != len(first)), None)
-    if other is None and len(first) > 2:
-        shorter = {name: value[:-1] for name, value in first.token_inputs.items()}
-        other = Prompt(first.input_ids[:-1], first.pictures, shorter, first.picture_count)
-    return first, other or first
+    others = [p for p in like if p.picture_key != first.picture_key] or like
+    other = next((p for p in others if len(p) != len(first)), others[0])
+    if len(other) == len(first) and len(first) > 2:
+        shorter = {name: value[:-1] for name, value in other.token_inputs.items()}
+        other = Prompt(other.input_ids[:-1], other.pictures, shorter, other.picture_count)
+    return first, other
 
 
 def _answers(interface: Interface) -> Tensor:

@@ -136,7 +136,7 @@ def pick_device(wanted: str) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def run_child(script: str, spec: dict[str, Any]) -> dict[str, Any]:
+def run_child(script: str, spec: dict[str, Any], environment: dict[str, str] | None = None) -> dict[str, Any]:
     """What `child(spec)` of a script beside this one returns, run in a process of its own: a contender's memory and
     caches are its own. Raises RuntimeError with the last lines of its output where it fails.
     """
@@ -144,8 +144,9 @@ def run_child(script: str, spec: dict[str, Any]) -> dict[str, Any]:
         result = Path(folder) / "result.json"
         command = [sys.executable, str(Path(__file__).with_name(script)), "--child", json.dumps(spec), str(result)]
         done = subprocess.run(
-            command, env=os.environ | OFFLINE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
-        )
+            command, env=os.environ | OFFLINE | (environment or {}), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True, check=False,
+        )  # fmt: skip
         if done.returncode or not result.is_file():
             last = "\n".join(done.stdout.splitlines()[-25:])
             raise RuntimeError(f"{script} {json.dumps(spec)} ended with status {done.returncode}:\n{last}")

@@ -1,6 +1,7 @@
 """mmft's PPO beside TRL's PPO on text alone: episodes a second, and how far their losses are apart.
 
-    python scripts/bench/text_ppo.py                          # a Llama of 12 x 384; leave the machine idle
+    python scripts/bench/text_ppo.py                          # a Llama of 12 x 384, SmolLM2's vocabulary, LoRA
+    python scripts/bench/text_ppo.py --rank 0 --vocabulary 16384      # every weight trains
     python scripts/bench/text_ppo.py --layers 2 --width 32 --vocabulary 512 --steps 1     # does it run?
 
 The same `PPOConfig`, seed, prompts, policy, reference and reward model in all; the critic in two ways. `mmft` and `trl`
@@ -37,7 +38,7 @@ class Spec:
     contender: str
     layers: int = 12
     width: int = 384
-    vocabulary: int = 16384
+    vocabulary: int = 49152
     batch: int = 8
     shortest: int = 32
     longest: int = 96
@@ -46,7 +47,7 @@ class Spec:
     minibatches: int = 1
     steps: int = 3
     learning_rate: float = 1e-5
-    r: int = 0
+    r: int = 16
     device: str = "cpu"
     seed: int = 0
 
@@ -187,7 +188,9 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--epochs", type=int, default=Spec.epochs, help="passes over each batch")
     options.add_argument("--minibatches", type=int, default=Spec.minibatches, help="optimizer steps an epoch")
     options.add_argument("--steps", type=int, default=Spec.steps, help="batches that count, after one that warms up")
-    options.add_argument("--rank", type=int, default=0, dest="r", help="of adapters on q and v; 0 trains all weights")
+    options.add_argument(
+        "--rank", type=int, default=Spec.r, dest="r", help="of adapters on q and v; 0 trains all weights"
+    )
     options.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run")
     return options
 

@@ -25,6 +25,9 @@ from transformers import TrainerCallback
 
 from mmft.types import RewardOutput, Row
 
+# glibc keeps freed memory for later, by chance 10% of the peak: large blocks go back to the system at once.
+TIDY = {"MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_TRIM_THRESHOLD_": str(2**20)}
+
 
 @dataclass(frozen=True)
 class Spec:
@@ -126,7 +129,7 @@ def collect(arguments: argparse.Namespace) -> dict[str, Any]:
     for vocabulary in (arguments.vocabulary, 2 * arguments.vocabulary):
         say(f"vocabulary {vocabulary}")
         fields = {"batch": arguments.batch, "new": arguments.new, "device": arguments.device}
-        runs.append(run_child("vocabulary_memory.py", fields | {"vocabulary": vocabulary}))
+        runs.append(run_child("vocabulary_memory.py", fields | {"vocabulary": vocabulary}, TIDY))
     return {"runs": runs, "growth": growth(*runs)}
 
 
