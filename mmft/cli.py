@@ -164,6 +164,28 @@ def validate(
     typer.echo(text if show else f"{recipe}: valid. {summary}\n", nl=False)
 
 
+@app.command(epilog="Example: mmft plan recipes/caption_ppo.yaml train.batch=256 --memory 24GB")
+def plan(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Memory to fit in, as 24GB. Default: what the device has free.")
+    ] = None,
+    probe: Annotated[
+        bool, typer.Option("--probe/--no-probe", help="Time a few small steps with the loaded model.")
+    ] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print numbers for machines: bytes and seconds.")] = False,
+) -> None:
+    """Predict memory and time of a training run; exit status 1 where it does not fit, with what to change."""
+    from mmft.config import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    from mmft.run import planning
+
+    if not planning.plan(loaded, memory, probe, as_json):
+        raise typer.Exit(1)
+
+
 def _policy_summary(recipe: Recipe) -> str:
     reward = ", ".join([*filter(None, [recipe.reward.model]), *(term.label for term in recipe.reward.terms)])
     return (

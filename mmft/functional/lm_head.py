@@ -155,8 +155,8 @@ class _FrozenHead(torch.autograd.Function):
 def _through(g: Tensor, slope: Tensor | float, temperature: float, weight: Tensor) -> Tensor:
     """A gradient at z back to the states, through temperature, transform and the output layer."""
     if isinstance(slope, Tensor):
-        # a forbidden token's logit is -inf and its slope means nothing: its g is 0
-        g = torch.where(g == 0, 0.0, g * slope)
+        # a forbidden token's logit is -inf and its slope means nothing; nor does its g, where it fills a short row
+        g = torch.where(slope.isfinite(), g * slope, 0.0)
         slope = 1.0
     return (g.to(weight.dtype) @ weight) * (slope / temperature)
 
@@ -165,7 +165,7 @@ def _checkpointed(
     head: nn.Module, states: Tensor, tokens: Tensor, forbidden: Forbidden, temperature: float,
     transform: LogitTransform, with_entropy: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Any output layer, trained or not: a chunk's logits are computed again in the backward pass, unless they are few."""
+    """Any output layer, trained or not: unless they are few, logits are computed again in the backward pass."""
 
     def of(start: int, stop: int) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
         def scores(chunk: Tensor) -> tuple[Tensor, Tensor]:

@@ -35,6 +35,7 @@ _DROPPED = {
     "vision_outputs",
     "qformer_outputs",
 }  # large, and not what the language model reads
+_A_TENSOR_A_LAYER = {"hidden_states", "attentions"}  # or None, of layers that nobody asked for
 
 
 @dataclass
@@ -48,7 +49,8 @@ class PictureInputs:
 class FeatureStore:
     """Features of pictures by content, the least recently used dropped where they pass `budget` bytes.
 
-    `hits` and `misses` count lookups; a miss is one pass of the tower.
+    `hits` and `misses` count lookups; a miss is one pass of the tower. Weights of tower and connector are taken as
+    they are: whoever changes them calls `clear`.
     """
 
     def __init__(self, model: nn.Module, budget: int, way: Way | None = None):
@@ -95,12 +97,17 @@ class FeatureStore:
         return PictureInputs(self._to_model(kept) | {"mm_encoder_outputs": {"image": merge_outputs(features)}})
 
     def trains(self, prompt: Prompt) -> bool:
-        """Whether a gradient would reach tower or connector: then features grow stale with every update."""
-        if self.way == "off":
+        """Whether a gradient would reach weights of tower or connector: then features grow stale with every update."""
+        weights = [p for p in self.model.parameters() if p.requires_grad]
+        if self.way == "off" or not weights:
             return False
         with torch.enable_grad():
-            output = self._run([prompt])
-        return any(tensor.requires_grad for tensor in _tensors(output))
+            outputs = [tensor for tensor in _tensors(self._run([prompt])) if tensor.requires_grad]
+        if not outputs:
+            return False
+        # Outputs may ask for a gradient though no weight behind them trains, as for recomputed activations.
+        ones = [torch.ones_like(tensor) for tensor in outputs]
+        return any(g is not None for g in torch.autograd.grad(outputs, weights, ones, allow_unused=True))
 
     def _is_kept(self, name: str, tensor: Tensor) -> bool:
         """Grids and sizes are still read, by position ids for one; pixels and their masks are not."""
@@ -224,12 +231,12 @@ def pinned(part: nn.Module | None, output: Any) -> Any:
 
 
 def _equal_batches(prompts: list[Prompt]) -> Iterator[list[Prompt]]:
-    """Runs of prompts whose pictures have equal shapes, so that no padding changes what a tower sees."""
+    """Runs of prompts with pictures alike, so that no padding changes what a tower sees, and each gives as much."""
     batch: list[Prompt] = []
     for prompt in prompts:
         elements = sum(t.numel() for t in prompt.pictures.values())
         room = len(batch) < _BATCH and (len(batch) + 1) * elements <= _BATCH_ELEMENTS
-        if batch and not (room and _shapes(batch[0]) == _shapes(prompt)):
+        if batch and not (room and _alike(batch[0].pictures, prompt.pictures)):
             yield batch
             batch = []
         batch.append(prompt)
@@ -237,8 +244,12 @@ def _equal_batches(prompts: list[Prompt]) -> Iterator[list[Prompt]]:
         yield batch
 
 
-def _shapes(prompt: Prompt) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in prompt.pictures.items()}
+def _alike(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    """Equal shapes, and equal sizes, grids and masks in them: a prompt's pictures may be padded to one shape."""
+    if {name: tensor.shape for name, tensor in one.items()} != {name: tensor.shape for name, tensor in other.items()}:
+        return False
+    said = [n for n, tensor in one.items() if not (tensor.is_floating_point() or n.endswith("input_ids"))]
+    return all(torch.equal(one[name], other[name]) for name in said)
 
 
 def without_dropped(output: Any) -> Any:
@@ -254,15 +265,25 @@ def split_output(output: Any, rows: int) -> list[Any] | None:
         return None
     parts: list[dict[str, Any]] = [{} for _ in range(rows)]
     for name, value in output.items():
-        plain = isinstance(value, list | tuple) or (isinstance(value, Tensor) and value.dim() > 0)
-        if not plain or len(value) % rows or name == "deepstack_features":
+        pieces = _split_value(name, value, rows)
+        if pieces is None:
             return None
-        step = len(value) // rows
-        for i, part in enumerate(parts):
-            piece = value[i * step : (i + 1) * step]
-            # views would keep all rows alive
-            part[name] = piece.clone() if isinstance(piece, Tensor) else type(piece)(t.clone() for t in piece)
+        for part, piece in zip(parts, pieces, strict=True):
+            part[name] = piece
     return [type(output)(**part) for part in parts]
+
+
+def _split_value(name: str, value: Any, rows: int) -> list[Any] | None:
+    if isinstance(value, list | tuple) and name in _A_TENSOR_A_LAYER:
+        layers = [[None] * rows if layer is None else _split_value("", layer, rows) for layer in value]
+        return None if None in layers else [type(value)(pieces) for pieces in zip(*layers, strict=True)]
+    a_picture_each = isinstance(value, list | tuple) and name == "pooler_output"
+    if not (a_picture_each or (isinstance(value, Tensor) and value.dim())) or len(value) % rows:
+        return None
+    step = len(value) // rows
+    pieces = [value[i * step : (i + 1) * step] for i in range(rows)]
+    # views would keep all rows alive
+    return [p.clone() if isinstance(p, Tensor) else type(p)(t.clone() for t in p) for p in pieces]
 
 
 def merge_outputs(outputs: Sequence[Any]) -> Any:

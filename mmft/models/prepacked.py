@@ -30,7 +30,13 @@ class PrepackedLinears:
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
-        """While open, the layers compute with their packed weights; gradients pass through them as ever."""
+        """While open, the layers compute with their packed weights; gradients pass through them as ever.
+
+        Not where activations are computed again in the backward pass: by then this is closed.
+        """
+        if torch.is_grad_enabled() and getattr(self.model, "is_activation_checkpointing", False):
+            yield
+            return
         if self._packed is None:
             self._packed = list(self._pack())
         for layer, forward in self._packed:

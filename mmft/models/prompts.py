@@ -87,7 +87,7 @@ class PromptBuilder:
 
     def __call__(self, row: Row) -> Prompt:
         """Raises UserError for a prompt that holds the picture placeholder, which would stand for a picture that isn't
-        there, and for more pictures than the processor takes.
+        there, for one without a token, and for more pictures than the processor takes.
         """
         if self.placeholder and self.placeholder in row.prompt:
             raise UserError(f"row {row.id}: the prompt holds the picture placeholder {self.placeholder!r}; remove it")
@@ -105,7 +105,10 @@ class PromptBuilder:
                 line = (str(error).strip() or type(error).__name__).splitlines()[0]
                 count = counted(len(pictures))
                 raise UserError(f"row {row.id}: the processor does not take {count} in a prompt: {line}") from error
-        return self._prompt(dict(encoded), len(pictures))
+        prompt = self._prompt(dict(encoded), len(pictures))
+        if "input_ids" in encoded and not len(prompt):
+            raise UserError(f"row {row.id}: the prompt {row.prompt!r} has no token: nothing foresees an answer's first")
+        return prompt
 
     def _prompt(self, encoded: dict[str, Any], count: int) -> Prompt:
         """Sorts what the processor gave into ids, per-token inputs and pictures."""
@@ -114,7 +117,7 @@ class PromptBuilder:
             return Prompt(torch.empty(0, dtype=torch.long), own, picture_count=count)
         ids = encoded["input_ids"][0]
         own = {name: v for name, v in encoded.items() if isinstance(v, Tensor) and name not in _NOT_PICTURES}
-        foreign = tuple(name.removesuffix("input_ids") for name in own if name.endswith("_input_ids"))
+        foreign = ("pixel", *(name.removesuffix("input_ids") for name in own if name.endswith("_input_ids")))
         tokens = {
             name: value[0]
             for name, value in own.items()

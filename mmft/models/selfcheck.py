@@ -41,24 +41,24 @@ def check(interface: Interface, prompts: Sequence[Prompt]) -> list[str]:
     kinds = {p.picture_count: p for p in reversed(prompts)}
     if interface.checked and kinds.keys() <= interface.kinds.keys():
         return []
-    interface.kinds = kinds | interface.kinds
+    kinds |= interface.kinds
     devices = [interface.device] if interface.device.type == "cuda" else []
     with evaluating(interface.model), torch.random.fork_rng(devices=devices):
         torch.manual_seed(0)
-        notes = _Check(interface, prompts).run()
-    interface.checked = True
+        notes = _Check(interface, prompts, kinds).run()
+    interface.checked, interface.kinds = True, kinds
     for note in notes:
         logger.warning(note)
     return notes
 
 
 class _Check:
-    def __init__(self, interface: Interface, prompts: Sequence[Prompt]):
+    def __init__(self, interface: Interface, prompts: Sequence[Prompt], kinds: dict[int, Prompt]):
         self.interface = interface
         self.scorer = PolicyWithCritic(interface.model, torch.nn.Identity(), (), 1.0)
         self.tolerance = TOLERANCE.get(interface.dtype, 0.1)
         self.same = SAME.get(interface.dtype, 0.02)
-        self.kinds = list(interface.kinds.values())
+        self.kinds = list(kinds.values())
         self.first, self.other = _two_prompts(interface, [*prompts, *self.kinds])
         self.answers = _answers(interface)
         self.notes: list[str] = []

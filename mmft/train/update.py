@@ -47,6 +47,7 @@ class Updater:
     def __init__(self, trainer: VisionPPOTrainer):
         self.trainer = trainer
         self.micro_batch: int = trainer.args.per_device_train_batch_size
+        self.scored: Scored | None = None
 
     def micro_batches(self, order: list[Tensor], prompts: Sequence[Prompt], mask_BT: Tensor) -> list[list[Tensor]]:
         """Each minibatch cut into micro-batches, rows of one prompt and of like length beside each other.
@@ -82,7 +83,8 @@ class Updater:
             rollouts.put(scores, first, live, mask_BT)
             return Scored(scores, live)
 
-        return self.halving(attempt)
+        self.scored = self.halving(attempt)
+        return self.scored
 
     def score_by(
         self, model: Any, prompts: list[Prompt], responses_BT: Tensor, mask_BT: Tensor, order: list[Tensor]
@@ -105,6 +107,8 @@ class Updater:
                 if not _out_of_memory(error) or self.micro_batch == 1:
                     raise
             self.trainer.optimizer.zero_grad()
+            if self.scored is not None:  # its graph takes memory, and its rows are no micro-batch any longer
+                self.scored.live = None
             self.micro_batch = (self.micro_batch + 1) // 2
             logger.warning("out of memory: going on with %d rows at once; the gradients are the same", self.micro_batch)
             if torch.cuda.is_available():
