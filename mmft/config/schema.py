@@ -203,7 +203,9 @@ class TrainConfig(Block):
     warmup: int = Field(0, ge=0, description="Steps in which the learning rate rises from 0.")
     seed: int = Field(0, ge=0, description="Seed of sampling, shuffling and initial weights.")
     precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="Arithmetic of the frozen weights; `auto`: bf16 on a CPU or GPU that has it."
+        "auto",
+        description="Arithmetic of the frozen weights; `auto`: bf16 on a CPU or GPU that has it, "
+        "fp32 where weights themselves train.",
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to run.")
     save_every: int = Field(0, ge=0, description="Steps between checkpoints; 0: only the end.")

@@ -105,7 +105,10 @@ class Responses:
         scores = self.sampling.scores(logits_BV, step)
         drawn = self.sampling.choose(scores) if self.forced is None else self.forced[:, step]
         drawn = torch.where(self.running, drawn, self.pad_id)
-        chosen = scores.gather(1, drawn[:, None]).squeeze(1) - scores.logsumexp(-1)
+        total = scores.logsumexp(-1)
+        if not torch.isfinite(total[self.running]).all():
+            raise FloatingPointError("the model's logits are not finite, or no token may be drawn")
+        chosen = scores.gather(1, drawn[:, None]).squeeze(1) - total
         self.tokens.append(drawn)
         self.logprobs.append(chosen)
         self.running = self.running & ~torch.isin(drawn, self.stops)

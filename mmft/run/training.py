@@ -155,7 +155,9 @@ def dtype_of(recipe: Recipe) -> torch.dtype:
     """Weights' type where `model.dtype` is auto: `train.precision`, whose auto is bf16 on hardware that has it."""
     precision = recipe.train.precision
     if precision == "auto":
-        precision = "bf16" if _has_bf16(device_of(recipe)) else "fp32"
+        # Weights that train need more than 8 bits: a small step would round to none.
+        frozen = recipe.model.lora is not None and not recipe.model.lora.modules_to_save
+        precision = "bf16" if frozen and _has_bf16(device_of(recipe)) else "fp32"
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 

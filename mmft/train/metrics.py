@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -60,7 +61,7 @@ def add_up(totals: dict[str, float], metrics: Mapping[str, Any], share: float, v
     """Adds a micro-batch's metrics to its minibatch's: means by their share of the tokens, maxima as maxima."""
     for name, value in metrics.items():
         if name.endswith("_max"):
-            totals[name] = max(totals[name], float(value))
+            totals[name] = float(np.maximum(totals[name], float(value)))  # NaN stays
         else:
             weight = value_share if name.startswith(("value/", "loss/value")) else share
             totals[name] += weight * float(value)

@@ -72,7 +72,7 @@ def check_sampling(sampled_BT: Tensor, scored_BT: Tensor, mask_BT: Tensor, dtype
     would be wrong.
     """
     gap = masked_mean((sampled_BT - scored_BT).abs(), mask_BT).item()
-    if gap > _MISMATCH.get(dtype, 0.02):
+    if not gap <= _MISMATCH.get(dtype, 0.02):  # NaN is no agreement
         raise RuntimeError(
             f"sampled and recomputed log-probabilities differ by {gap:.3f} nats a token: this model's generate() and "
             "forward() do not see the same input, so PPO's ratios would be wrong"

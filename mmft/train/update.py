@@ -151,6 +151,7 @@ class Updater:
     ) -> float:  # fmt: skip
         """Gradients of one minibatch; what was computed beforehand serves the first attempt."""
         ready = [live]
+        del live  # after a failed attempt its graph must not live on
 
         def attempt() -> float:
             (minibatch,) = self.micro_batches([rows], rollout.prompts, rollout.mask_BT)
