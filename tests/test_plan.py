@@ -18,16 +18,17 @@ from mmft.cli import main
 from mmft.config import LoraConfig, ModelConfig, find_recipes, load_recipe
 from mmft.models.critic import ValueHead
 from mmft.models.decoding import cache_of
-from mmft.models.footprint import Footprint, reward_footprint
+from mmft.models.footprint import Footprint
 from mmft.models.interface import Interface, evaluating
 from mmft.models.policy import load_policy
 from mmft.models.prompts import PromptBuilder
 from mmft.models.reward import load_reward_model
+from mmft.models.reward_footprint import reward_footprint
 from mmft.models.scoring import response_states
 from mmft.models.selfcheck import check
 from mmft.models.value_adapter import add_value_adapter
 from mmft.report.plan_table import sized
-from mmft.run.planning import GB, PHASES, Counter, Memory, changed, parse_size, predict
+from mmft.run.planning import GB, PHASES, Counter, Memory, changed, done, parse_size, predict
 from mmft.run.probing import extrapolate, probe_rows, small
 from mmft.types import UserError
 
@@ -125,7 +126,7 @@ def test_activations_are_what_autograd_keeps(group: int, dtype: torch.dtype) -> 
     prompts = [p for p in map(builder, tiny.rows(24)) if len(p) == len(builder(tiny.rows(1)[0]))][: 8 // group]
     predicted = footprint(dtype).training(8, group, len(prompts[0]), 24).kept
     real = really_kept(policy, prompts, 8, group, 24)
-    assert 0.97 * real <= predicted <= 1.06 * real  # beside it: the states themselves, ids, masks
+    assert real <= predicted <= 1.06 * real  # beside it: the states themselves, ids, masks
 
 
 def test_the_cache_is_the_real_one() -> None:
@@ -202,13 +203,14 @@ def test_what_cannot_be_counted_is_estimated(family: str, tmp_path: Path) -> Non
 # Parts and phases.
 
 
-def test_parts_add_up(memory: Callable[..., Memory]) -> None:
+def test_parts_add_up(memory: Callable[..., Memory], counter: Counter) -> None:
     found = memory()
     for phase in PHASES:
         assert found.total(phase) == sum(sizes.get(phase, 0) for sizes in found.parts.values())
     assert found.peak == max(found.total(phase) for phase in PHASES) == found.total(found.peak_phase)
     assert {"program", "frozen weights", "adapters", "gradients", "optimizer", "picture features"} <= set(found.parts)
     assert {"key-value cache", "activations", "logits"} <= set(found.parts)
+    assert counter.facts(load_recipe("caption_ppo_fixed", SHORT))["estimated"] == [], "the bundled model is counted"
     assert found.parts["optimizer"]["update"] == 2 * found.parts["gradients"]["update"]
 
 
@@ -238,7 +240,8 @@ def test_a_critic_of_its_own_and_all_weights_take_more(memory: Callable[..., Mem
     whole = memory("model.lora=null").parts
     assert "adapters" not in whole and "picture features" not in whole
     assert whole["trained weights"] == whole["anchor"]
-    assert whole["picture encoding"]["update"] > 0, "the tower trains, so that its activations are kept"
+    assert whole["tower's activations"]["update"] > 0
+    assert "tower's activations" not in plain.parts
     assert "anchor" not in memory("model.lora=null", "anchor.l2=0").parts
 
 
@@ -259,7 +262,7 @@ def test_advice_makes_it_fit_and_changes_results_last(counter: Counter) -> None:
         available = PROGRAM + int(share * (whole.memory.peak - PROGRAM))
         found = predict(recipe, available, counter)
         assert not found.fits and found.advice
-        after = changed(recipe, {change.key: change.value for change in found.advice})
+        after = changed(recipe, done(found.advice))
         assert after is not None
         followed = predict(after, available, counter)
         assert followed.fits and followed.memory.peak == found.advice[-1].peak
@@ -336,7 +339,7 @@ def test_json_and_the_exit_status(capsys: pytest.CaptureFixture[str], tmp_path: 
     record = json.loads(capsys.readouterr().out)
     assert record["time"] is None and record["memory"]["fits"] is False
     changes = [entry["change"] for entry in record["advice"]]
-    assert changes and all(entry["saves"] >= 0 for entry in record["advice"])
+    assert changes and all(entry["saves"] > 0 for entry in record["advice"])
     assert main(["plan", "caption_ppo_fixed", *SHORT, *changes, "--no-probe", *little[:2]]) == 0
     assert "it fits" in capsys.readouterr().out
 
@@ -373,6 +376,6 @@ def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
 def test_sizes_are_read_and_written() -> None:
     assert parse_size("24GB") == parse_size("24 GiB") == parse_size("24g") == 24 * GB
     assert parse_size("1.5MB") == 3 * 2**19
-    assert sized(3 * GB // 2) == "1.50 GB" and sized(48 * 2**20) == "48 MB"
+    assert sized(3 * GB // 2) == "1.50 GB" and sized(48 * 2**20) == "48 MB" and sized(200) == "< 0.1 MB"
     with pytest.raises(UserError):
         parse_size("24")

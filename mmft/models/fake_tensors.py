@@ -16,12 +16,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText
 
-from mmft.config import ModelConfig, resolve
+from mmft.config import ModelConfig
 from mmft.models.lora import add_adapter
 from mmft.models.processors import load_processor
-from mmft.models.reward import CaptionRewardConfig
 from mmft.models.value_adapter import add_value_adapter
 from mmft.types import UserError
 
@@ -118,18 +117,6 @@ def empty_policy(config: ModelConfig, dtype: torch.dtype, critic: str) -> tuple[
         if critic == "adapter":
             add_value_adapter(model)
     return model, processor
-
-
-def empty_tower(config: CaptionRewardConfig, root: str, name: str) -> Any:
-    """A frozen tower of the reward model at `root`, "text" or "vision", on the meta device."""
-    kind: Any = AutoModelForImageTextToText if name == "text" and config.grounded else AutoModel
-    path = getattr(config, name)
-    if path in ("text_tower", "vision_tower"):  # saved with the model
-        loaded = AutoConfig.from_pretrained(root, subfolder=path)
-    else:
-        loaded = AutoConfig.from_pretrained(resolve(path))
-    with torch.device("meta"):
-        return kind.from_config(loaded, dtype=getattr(torch, config.tower_dtype))
 
 
 def size_of(tensor: Tensor) -> int:

@@ -17,17 +17,16 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from mmft.config import ModelConfig, resolve
+from mmft.config import ModelConfig
 from mmft.functional.lm_head import CHUNK_ELEMENTS, Forbidden, head_logprobs
 from mmft.models.critic import ValueHead
-from mmft.models.decoding import Responses, Sampling, cache_of
+from mmft.models.decoding import Sampling, cache_of
 from mmft.models.encode_once import FeatureStore
-from mmft.models.fake_tensors import FakeTensors, LiveBytes, empty_policy, empty_tower, size_of
+from mmft.models.fake_tensors import FakeTensors, LiveBytes, empty_policy, size_of
 from mmft.models.interface import Interface
 from mmft.models.packing import Packed, additive, split_groups, tree_mask
 from mmft.models.prepacked import BOUND
 from mmft.models.prompts import Prompt, stack_pictures
-from mmft.models.reward import CaptionRewardModel, load_reward_config
 from mmft.models.scoring import response_states
 from mmft.models.structure import language_parts, output_head
 from mmft.models.value_adapter import CRITIC, adapter_active, critic_parameters
@@ -35,6 +34,7 @@ from mmft.models.value_adapter import CRITIC, adapter_active, critic_parameters
 T = TypeVar("T")
 # A weight of a frozen linear layer in bytes; 4 bits are normal floats in blocks of 64 whose scales are quantised too.
 QUANTIZED_BYTES = {"4bit": 0.5 + 0.127 / 8, "8bit": 1.0}
+_TOGETHER, _TOGETHER_ELEMENTS = 16, 2**23  # prompts whose pictures are encoded at once, and their pixels
 _EVERYTHING = 2**62  # bytes: no feature is dropped
 _FAILURES = (ValueError, TypeError, RuntimeError, KeyError, AttributeError, IndexError, AssertionError)
 
@@ -169,8 +169,8 @@ class Footprint:
     def _trunk(self, passed: int, answers: int, length: int, new: int) -> tuple[int, int]:
         """(kept, peak) of forward and backward pass up to the output layer, critic included."""
         with self._open() as live:
-            packed = self._packed(passed, answers, length, new)
             begun = live.start()
+            packed = self._packed(passed, answers, length, new)
             read = states = self._states(packed)
             if self.critic == "adapter":
                 with adapter_active(self.model, CRITIC):
@@ -226,29 +226,33 @@ class Footprint:
         with self._open() as live:
             begun = live.start()
             logits = torch.empty(rows, self._vocabulary, dtype=self.interface.dtype, device=self.device)
-            Responses(rows, Sampling(1, greedy=greedy), 0, self.device).draw(logits)
+            sampling = Sampling(1, greedy=greedy)
+            scores = sampling.scores(logits, 0)
+            sampling.choose(scores)
+            scores.logsumexp(-1)
             return live.peak - begun
 
     def pictures(self, prompts: Sequence[Prompt]) -> PictureBytes:
-        """Features of prompts' pictures, and encoding the distinct ones among them together."""
+        """Features of a prompt's pictures, and encoding those of distinct prompts among these together."""
         shown = [p for p in prompts if p.pictures]
         if not shown:
             return PictureBytes(0, 0)
-        key = ("pictures", *(p.picture_key for p in shown))  # content is read here: there is none inside
-        return self._counted(key, lambda: self._pictures(shown), lambda *_: self._estimated_pictures(shown))
+        largest = max(shown, key=_elements)
+        distinct = len({p.picture_key for p in shown})  # content is read here: inside there is none
+        together = max(1, min(distinct, _TOGETHER, _TOGETHER_ELEMENTS // max(1, _elements(largest))))
+        key = ("pictures", largest.picture_key)
+        each, encode = self._counted(key, lambda: self._pictures(largest), lambda *_: self._estimated_pictures(largest))
+        return PictureBytes(each, together * encode)
 
-    def _pictures(self, shown: Sequence[Prompt]) -> PictureBytes:
-        self.store.clear()
-        distinct = len({p.picture_key for p in shown})
+    def _pictures(self, prompt: Prompt) -> tuple[int, int]:
         while self.store.way != "off":
+            self.store.clear()
             try:
                 with self._open() as live:
                     begun = live.start()
-                    self.store.inputs(shown)
-                    each = math.ceil((live.now - begun) / distinct)
-                    peak = live.peak - begun
-                self.store.clear()
-                return PictureBytes(each, max(0, peak - each * distinct))
+                    self.store.inputs([prompt])
+                    kept = live.now - begun
+                    return kept, live.peak - begun - kept
             except _FAILURES:
                 if self.store.ways[1] == "off":
                     raise
@@ -274,16 +278,18 @@ class Footprint:
         language = {id(p) for part in (*inside, self.head) for p in part.parameters()}
         return any(p.requires_grad and id(p) not in language for p in self.interface.base.parameters())
 
-    def pixels(self, prompt: Prompt, rows: int) -> int:
-        """The tower's pass over the pictures of `rows` such prompts at once, with what its backward pass needs where
-        it trains.
+    def tower_graph(self, prompt: Prompt, rows: int) -> int:
+        """What the backward pass needs of tower and connector, for the pictures of `rows` such prompts; 0 where
+        neither trains.
         """
-        if not prompt.pictures:
+        if not self.trains_tower(prompt):
             return 0
-        key = ("pixels", prompt.picture_key, rows)
-        return self._counted(key, lambda: self._pixels(prompt, rows), lambda *_: self._estimated_pixels(prompt, rows))
+        key = ("tower", prompt.picture_key, rows)
+        return self._counted(
+            key, lambda: self._tower_graph(prompt, rows), lambda *_: self._estimated_tower(prompt, rows)
+        )
 
-    def _pixels(self, prompt: Prompt, rows: int) -> int:
+    def _tower_graph(self, prompt: Prompt, rows: int) -> int:
         with self._open() as live:
             begun = live.start()
             self.store.trains(replace(prompt, pictures=stack_pictures([prompt] * rows)))
@@ -359,31 +365,27 @@ class Footprint:
     def _estimated_training(self, rows: int, group: int, prompt: int, new: int) -> TrainingBytes:
         groups, length = self.layout(rows, group, prompt, new)
         kept = groups * length * self._token_bytes(language=True) * (2 if self.critic == "adapter" else 1)
-        return TrainingBytes(kept, 16 * max(CHUNK_ELEMENTS, self._vocabulary), 2 * kept // _layers(self._text))
+        return TrainingBytes(kept, 16 * max(CHUNK_ELEMENTS, self._vocabulary), 2 * kept // layer_count(self._text))
 
     def _estimated_sampling(self, rows: int, distinct: int, prompt: int, new: int, greedy: bool) -> SamplingBytes:
         heads = getattr(self._text, "num_attention_heads", 1)
         width = self.interface.hidden_size // heads * (getattr(self._text, "num_key_value_heads", None) or heads)
-        cache = rows * (prompt + new) * 2 * _layers(self._text) * width * self.dtype.itemsize
-        passes = distinct * prompt * self._token_bytes(language=True) // _layers(self._text)
+        cache = rows * (prompt + new) * 2 * layer_count(self._text) * width * self.dtype.itemsize
+        passes = distinct * prompt * self._token_bytes(language=True) // layer_count(self._text)
         return SamplingBytes(cache, rows * self._vocabulary * (12 if greedy else 28), passes)
 
-    def _estimated_pictures(self, shown: Sequence[Prompt]) -> PictureBytes:
+    def _estimated_pictures(self, prompt: Prompt) -> tuple[int, int]:
         builder = self.interface.builder
         stands_for_one = builder.tokenizer.convert_tokens_to_ids(builder.placeholder) if builder.placeholder else None
-        tokens = max(p.input_ids.tolist().count(stands_for_one) or len(p) or 1 for p in shown)
-        each = tokens * self.interface.hidden_size * self.dtype.itemsize
-        elements = sum(t.numel() for t in shown[0].pictures.values() if t.is_floating_point())
-        together = max(1, min(len({p.picture_key for p in shown}), 16, 2**23 // max(1, elements)))
-        return PictureBytes(each, self._estimated_pixels(shown[0], together))
-
-    def _estimated_pixels(self, prompt: Prompt, rows: int) -> int:
+        tokens = prompt.input_ids.tolist().count(stands_for_one) or len(prompt) or 1
         vision = getattr(self.interface.base.config, "vision_config", None)
-        patch = getattr(vision, "patch_size", None)
+        encode = self._estimated_tower(prompt, 1) // layer_count(vision)
+        return tokens * self.interface.hidden_size * self.dtype.itemsize, encode
+
+    def _estimated_tower(self, prompt: Prompt, rows: int) -> int:
+        patch = getattr(getattr(self.interface.base.config, "vision_config", None), "patch_size", None)
         side = patch if isinstance(patch, int) else 14
-        elements = sum(t.numel() for t in prompt.pictures.values() if t.is_floating_point())
-        kept = rows * (elements // (3 * side**2) + 1) * self._token_bytes(language=False)
-        return kept if self._trains_outside_language() else kept // _layers(vision)
+        return rows * (_elements(prompt) // (3 * side**2) + 1) * self._token_bytes(language=False)
 
     def _token_bytes(self, language: bool) -> int:
         """Inputs and outputs of one side's linear layers for one token."""
@@ -401,30 +403,12 @@ class Footprint:
         return int(self.head.weight.shape[0])  # type: ignore[index]
 
 
-def _layers(config: Any) -> int:
+def layer_count(config: Any) -> int:
     names = ("num_hidden_layers", "num_layers", "decoder_layers", "depth", "depths")
     found = next((value for name in names if (value := getattr(config, name, None))), 12)
     return sum(found) if isinstance(found, list | tuple) else int(found)
 
 
-def reward_footprint(path: str, captions: int, group: int, prompt: int, new: int) -> tuple[int, int]:
-    """Bytes of a learned reward model: its weights with those of its towers, and what reading captions takes.
-
-    captions: of `new` tokens, `group` of them about one picture, after prompts of `prompt` tokens.
-    """
-    config = load_reward_config(path)
-    with torch.device("meta"):
-        network = sum(size_of(p) for p in CaptionRewardModel(config).parameters())
-    if config.fusion is None:
-        return network, 0
-    text, vision = (empty_tower(config, resolve(path), name) for name in ("text", "vision"))
-    towers = {id(tower): tower for tower in ((text,) if config.text == config.vision else (text, vision))}
-    weights = network + sum(size_of(p) for tower in towers.values() for p in tower.parameters())
-    if not config.grounded:
-        return weights, 0
-    # `GroundedTextTower`: every layer's states; logits in the tower's type and twice in float32; 32 pictures at once
-    pictures, sizes = min(32, math.ceil(captions / group)), text.config.get_text_config(decoder=True)
-    read, states = min(captions, pictures * group) * (new + 1), (_layers(sizes) + 1) * sizes.hidden_size
-    size = text.dtype.itemsize
-    working = read * (sizes.vocab_size * (2 * size + 8) + states * size) + pictures * prompt * states * size
-    return weights, working
+def _elements(prompt: Prompt) -> int:
+    """Numbers of a prompt's pixels."""
+    return sum(tensor.numel() for tensor in prompt.pictures.values() if tensor.is_floating_point())

@@ -92,7 +92,13 @@ def advice_lines(record: Mapping[str, Any]) -> list[str]:
 
 def sized(count: int) -> str:
     """Bytes in GB of 2**30, or in MB below a tenth of one."""
-    return f"{count / 2**30:.2f} GB" if count >= 2**30 / 10 else f"{count / 2**20:.2g} MB"
+    if count >= 2**30 / 10:
+        return f"{count / 2**30:.2f} GB"
+    return f"{count / 2**20:.2g} MB" if count >= 2**20 / 10 else "< 0.1 MB"
+
+
+def _numbered(count: int) -> str:
+    return f"{count / 1e9:.3g} B" if count >= 1e9 else f"{count / 1e6:.3g} M"
 
 
 def duration(seconds: float) -> str:
@@ -103,6 +109,6 @@ def duration(seconds: float) -> str:
 
 def _headline(record: Mapping[str, Any]) -> str:
     return (
-        f"{record['recipe']} on {record['device']}: {record['parameters'] / 1e6:.4g} M weights in {record['dtype']}, "
-        f"{record['trainable'] / 1e6:.3g} M of them trained, prompts of {record['prompt_tokens']} tokens"
+        f"{record['recipe']} on {record['device']}: {_numbered(record['parameters'])} weights in {record['dtype']}, "
+        f"{_numbered(record['trainable'])} trained, prompts of {record['prompt_tokens']} tokens"
     )

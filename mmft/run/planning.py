@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,9 @@ from rich.console import Console
 
 from mmft.config import Recipe
 from mmft.data.sources import open_source
-from mmft.models.footprint import Footprint, reward_footprint
+from mmft.models.footprint import Footprint
 from mmft.models.prompts import Prompt
+from mmft.models.reward_footprint import reward_footprint
 from mmft.report.plan_table import print_plan
 from mmft.run.probing import Timing, probe
 from mmft.run.training import device_of, dtype_of, quiet_loading
@@ -225,16 +227,15 @@ class Counter:
         update = model.training(micro, shared, longest, tokens)
         sample = model.sampling(t.batch, t.batch // group, longest, tokens)
         greedy = model.sampling(at_once, at_once, longest, tokens, greedy=True)
-        once, trains = model.encodes_once(prompts[0]), model.trains_tower(prompts[0])
-        shown = model.layout(micro, shared, longest, tokens)[0]  # pictures of a micro-batch, where each pass sees them
-        seen = model.pixels(prompts[0], max(shown, t.batch // group, at_once)) if not once else 0
-        pictures = model.pictures(prompts)
+        pictures, distinct = model.pictures(prompts), len({p.picture_key for p in prompts if p.pictures})
+        encoded = pictures.encode + distinct * pictures.each
+        if distinct and not model.encodes_once(prompts[0]):  # each pass sees all of its pictures at once
+            encoded = encoded * max(t.batch // group, at_once) // distinct
+        tower = model.tower_graph(prompts[0], model.layout(micro, shared, longest, tokens)[0])
         # the first micro-batch's graph is kept while the others, the reference and the reward are computed
         return {
-            "picture encoding": {
-                "encode": seen or pictures.encode + len(prompts) * pictures.each,
-                "update": model.pixels(prompts[0], shown) if trains and not once else 0,
-            },
+            "picture encoding": {"encode": encoded},
+            "tower's activations": {"reward": tower, "update": tower},
             "key-value cache": {"sample": sample.cache, "evaluate": greedy.cache},
             "activations": {"reward": update.kept, "update": update.kept},
             "passes": {
@@ -277,7 +278,7 @@ def changed(recipe: Recipe, changes: dict[str, Any]) -> Recipe | None:
 
 
 def _advise(counter: Counter, recipe: Recipe, available: int) -> list[Change]:
-    """Changes, one after the other, with which the recipe fits, or which bring it nearest."""
+    """Changes, one after the other, with which the recipe fits, or which bring it nearest; the largest effect first."""
     chosen: dict[str, Any] = {}
     current = recipe
     while counter.memory(current).peak > available:
@@ -286,19 +287,37 @@ def _advise(counter: Counter, recipe: Recipe, available: int) -> list[Change]:
             break
         chosen[step[0]] = step[1]
         current = changed(recipe, chosen) or current
-    for key, values in _options(counter, recipe):  # with the later changes, less of an earlier one may be enough
-        for value in values[: values.index(chosen[key])] if chosen.get(key) in values else ():
-            milder = changed(recipe, chosen | {key: value})
-            if milder is not None and counter.memory(milder).peak <= available:
-                chosen[key] = value
-                break
-    found, peak = [], counter.memory(recipe).peak
-    for number, (key, value) in enumerate(chosen.items(), 1):
-        other = changed(recipe, dict(list(chosen.items())[:number])) or current
-        after = counter.memory(other).peak
-        found.append(Change(key, value, peak - after, after))
+    left = _milder(counter, recipe, chosen, available)
+    found: list[Change] = []
+    peak = counter.memory(recipe).peak
+    while left:
+        after, key = min((_peak(counter, recipe, {**done(found), k: v}), k) for k, v in left.items())
+        found.append(Change(key, left.pop(key), peak - after, after))
         peak = after
     return found
+
+
+def _milder(counter: Counter, recipe: Recipe, chosen: dict[str, Any], available: int) -> dict[str, Any]:
+    """The changes as far as they are needed: with the later ones, less of an earlier one may be enough, or none."""
+    for key, values in _options(counter, recipe):
+        if key not in chosen:
+            continue
+        others = {k: v for k, v in chosen.items() if k != key}
+        milder = [others]
+        if chosen[key] in values:
+            milder += [{**chosen, key: value} for value in values[: values.index(chosen[key])]]
+        chosen = next((c for c in milder if _peak(counter, recipe, c) <= available), chosen)
+    return dict(chosen)
+
+
+def _peak(counter: Counter, recipe: Recipe, changes: dict[str, Any]) -> int:
+    other = changed(recipe, changes)
+    return sys.maxsize if other is None else counter.memory(other).peak
+
+
+def done(changes: Sequence[Change]) -> dict[str, Any]:
+    """The changed keys and their values."""
+    return {change.key: change.value for change in changes}
 
 
 def _next_change(counter: Counter, recipe: Recipe, available: int) -> tuple[str, Any] | None:

@@ -122,11 +122,12 @@ def _steps(job: Job, policy: Policy, run: RunFolder) -> tuple[dict[str, float], 
     trainer.remove_callback(ProgressReporter)
     trainer.train()
     steps = [entry for entry in trainer.state.log_history if "time/step" in entry][1:]
-    best = min(steps, key=lambda entry: entry["time/step"])
-    phases = {name: best.get(f"time/{name}", 0.0) for name in (*PHASES, "encode")}
-    phases["other"] = max(0.0, best["time/step"] - sum(phases[name] for name in PHASES))
+    whole = sum(entry["time/step"] for entry in steps) / len(steps)
+    phases = {name: sum(entry.get(f"time/{name}", 0.0) for entry in steps) / len(steps) for name in (*PHASES, "encode")}
+    phases["other"] = max(0.0, whole - sum(phases[name] for name in PHASES))
     rows = eval_rows(job)
     began = time.perf_counter()
     captions, ended = caption_rows(policy, rows, job.recipe, trainer.interface)
     evaluate_captions(captions, rows, job.reward, ended)
+    job.reward.reference_reward(rows, leave_one_out=False)
     return phases, time.perf_counter() - began
