@@ -177,9 +177,9 @@ WARPED = {
 def test_top_k_and_top_p_are_transformers(
     options: dict[str, Any], warpers: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The very probabilities, as they are handed to `multinomial`; one token is banned, and two are equal."""
+    """The very probabilities, as they are handed to `multinomial`; two tokens are equal, one is banned in some rows."""
     scores = torch.randn(4, 12, generator=torch.Generator().manual_seed(0))
-    scores[:, 2], scores[:, 5] = float("-inf"), scores[:, 4]
+    scores[:2, 2], scores[:, 5] = float("-inf"), scores[:, 4]
     given: list[torch.Tensor] = []
     monkeypatch.setattr(torch, "multinomial", lambda probs, n: (given.append(probs), probs.argmax(-1, keepdim=True))[1])
     Sampling(1, as_transformers=True, **options).choose(scores.clone())
@@ -208,8 +208,10 @@ def test_banned_and_early_stops_have_no_probability() -> None:
     assert logits.abs().sum() == 0, "the model's own logits are left alone"
 
 
-def test_nothing_counts_after_the_stop() -> None:
+@pytest.mark.parametrize("name", ["cached", "generate", "scoring"])
+def test_nothing_counts_after_the_stop(name: str) -> None:
     interface, prompts = made(eos_bias=4.0)
+    interface.decoder = name
     stop = interface.builder.tokenizer.eos_token_id
     torch.manual_seed(0)
     tokens, mask, logprobs = sample_responses(interface, prompts, Sampling(8, stops=(stop,)), 3)

@@ -94,10 +94,10 @@ def test_every_packing_foresees_the_same_tokens() -> None:
 
 def test_positions_in_space_go_on_after_the_largest() -> None:
     """Three axes; a picture's positions may lie beyond the prompt's last."""
-    own = prompt(5, 6)
-    places = torch.tensor([[0, 1], [0, 4], [0, 2]])
+    own = prompt(5, 6, 7)
+    places = torch.tensor([[0, 1, 3], [0, 4, 3], [0, 2, 3]])
     packed = pack_together([own], [torch.tensor([11, 12])], 2, PAD, {}, [[0]], [places])
-    assert packed.inputs["position_ids"].tolist() == [[[0, 1, 5, 6]], [[0, 4, 5, 6]], [[0, 2, 5, 6]]]
+    assert packed.inputs["position_ids"].tolist() == [[[0, 1, 3, 5, 6]], [[0, 4, 3, 5, 6]], [[0, 2, 3, 5, 6]]]
 
 
 def test_tree_mask() -> None:
@@ -168,6 +168,8 @@ def test_groups_are_cut_where_that_costs_least() -> None:
     """A row of L tokens costs L + L^2 / (6 hidden); hidden = 1."""
     # 6 + 3: apart 2 (9 + 81/6) = 45, together 12 + 144/6 = 36
     assert cut(6, 3, 2, hidden=1) == [2]
+    # 8 + 7: apart 2 (15 + 225/6) = 105, together 22 + 484/6 = 102.7; 8 + 8: 117.3 and 120
+    assert cut(8, 7, 2, hidden=1) == [2] and cut(8, 8, 2, hidden=1) == [1, 1]
     # 1 + 12: apart 2 (13 + 169/6) = 82.3, together 25 + 625/6 = 129.2
     assert cut(1, 12, 2, hidden=1) == [1, 1]
     # 6 + 6 of three: apart 3 (12 + 144/6) = 108, in two rows 2 (18 + 324/6) = 144, together 24 + 576/6 = 120

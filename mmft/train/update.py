@@ -128,8 +128,7 @@ class Updater:
         stats: dict[str, list[float]] = defaultdict(list)
         epochs = itertools.islice(orders, args.num_ppo_epochs)
         for order in itertools.chain.from_iterable(epochs):
-            live, scored.live = scored.live, None
-            approx_kl = self._gradients(rollout, experience, order, stats, live)
+            approx_kl = self._gradients(rollout, experience, order, stats, scored)
             target = setting(args, "target_kl")
             if target is not None and approx_kl > target:
                 self.trainer.optimizer.zero_grad()
@@ -146,22 +145,19 @@ class Updater:
         return means | extra | {"update/minibatches": float(len(stats["policy/grad_norm"]))}
 
     def _gradients(
-        self, rollout: Rollout, experience: Experience, rows: Tensor, stats: dict[str, list[float]],
-        live: TokenScores | None,
-    ) -> float:  # fmt: skip
+        self, rollout: Rollout, experience: Experience, rows: Tensor, stats: dict[str, list[float]], scored: Scored
+    ) -> float:
         """Gradients of one minibatch; what was computed beforehand serves the first attempt."""
-        ready = [live]
-        del live  # after a failed attempt its graph must not live on
 
         def attempt() -> float:
             (minibatch,) = self.micro_batches([rows], rollout.prompts, rollout.mask_BT)
-            return self._accumulate(rollout, experience, minibatch, stats, ready.pop() if ready else None)
+            return self._accumulate(rollout, experience, minibatch, stats, scored)
 
         return self.halving(attempt)
 
     def _accumulate(
         self, rollout: Rollout, experience: Experience, minibatch: list[Tensor], stats: dict[str, list[float]],
-        live: TokenScores | None,
+        scored: Scored,
     ) -> float:  # fmt: skip
         """Gradients of one minibatch, micro-batch by micro-batch, equal to those of the minibatch in one piece."""
         trainer, args = self.trainer, self.trainer.args
@@ -171,7 +167,7 @@ class Updater:
         for i, index in enumerate(minibatch):
             last = i + 1 == len(minibatch)
             with nullcontext() if last else trainer.accelerator.no_sync(trainer.model):
-                scores, live = live, None
+                scores, scored.live = scored.live, None  # nobody else may hold a graph that does not fit
                 if scores is None:
                     scores = rollouts.forward(
                         trainer.model, trainer.interface, rollout.prompts, rollout.responses_BT, rollout.mask_BT, index,
