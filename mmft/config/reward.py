@@ -134,6 +134,10 @@ class RewardConfig(Block):
         0.0, ge=0, description="kappa: in training, kappa * sigma of the network's weighted score is subtracted."
     )
     shaping: ShapingConfig | None = Field(None, description="Reward for progress within a caption; null: none.")
+    on_error: Literal["raise", "drop"] = Field(
+        "raise",
+        description="A term that fails or gives no finite number on a caption: stop, or leave that caption out.",
+    )
     tripwire: TripwireConfig = Field(TripwireConfig(), description="Guard against gaming of the reward.")
     workers: int = Field(0, ge=0, le=256, description="Processes for slow terms without pictures; 0: none.")
 

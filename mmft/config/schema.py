@@ -125,6 +125,9 @@ class ImageFolderConfig(Block):
     eval_fraction: float = Field(0.1, ge=0, lt=1, description="Share of pictures held out for evaluation.")
     seed: int = Field(0, ge=0, description="Which pictures are held out.")
     on_bad_row: Literal["skip", "raise"] = Field("skip", description="Skip and list unreadable rows, or stop.")
+    max_bad_fraction: float = Field(
+        0.1, ge=0, le=1, description="Share of rows that may be skipped before the run stops; 1: any."
+    )
 
 
 DataConfig = Annotated[ScenesConfig | ImageFolderConfig, Field(discriminator="type")]
@@ -208,7 +211,8 @@ class TrainConfig(Block):
         "fp32 where weights themselves train.",
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to run.")
-    save_every: int = Field(0, ge=0, description="Steps between checkpoints; 0: only the end.")
+    workers: int = Field(2, ge=0, le=64, description="Threads that prepare the next batch while the model computes.")
+    save_every: int = Field(50, ge=0, description="Steps between checkpoints; 0: only at the end or when stopped.")
     keep: int = Field(2, ge=1, description="Newest checkpoints kept.")
 
     @model_validator(mode="after")
@@ -265,6 +269,9 @@ class Recipe(Block):
     generation: GenerationConfig = Field(GenerationConfig(), description="Sampling in training.")
     train: TrainConfig = Field(TrainConfig(), description="Steps, batch, learning rate.")
     eval: EvalConfig = Field(EvalConfig(), description="Before and after.")
+    accelerate: str | None = Field(
+        None, min_length=1, description="Config to launch with: a name in recipes/accelerate, as ddp, or a file."
+    )
     logging: LoggingConfig = Field(LoggingConfig(), description="Run folder and trackers.")
     hub: HubConfig = Field(HubConfig(), description="Publishing.")
 
