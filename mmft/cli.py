@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mmft import __version__
-from mmft.types import UserError
+from mmft.types import Stopped, UserError
 
 if TYPE_CHECKING:
     from mmft.config import Recipe, RewardRecipe
@@ -64,15 +64,31 @@ def _options(
     pass  # --debug is taken out by `main`, which accepts it at any place; it is declared here to be listed in --help.
 
 
-@app.command(epilog="Example: mmft train recipes/caption_ppo.yaml train.steps=20 train.seed=1")
-def train(recipe: RecipeArgument, overrides: Overrides = None) -> None:
+@app.command(
+    epilog="Examples: mmft train recipes/caption_ppo.yaml train.steps=20 train.seed=1; the same with --resume goes on "
+    "where that run ended; with accelerate=ddp_cpu it runs in several processes."
+)
+def train(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[PATH]",
+            help="Go on with the newest run of this name, or with PATH: a run folder, or a checkpoint in one.",
+        ),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Resume though the recipe has changed.")] = False,
+) -> None:
     """Train as a recipe says; writes a run folder."""
     from mmft.config import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])  # before the heavy imports: a typo is answered at once
+    if force and resume is None:
+        raise UserError("--force: goes with --resume")
     from mmft import run
 
-    run.train(loaded)
+    run.train(loaded, resume, force)
 
 
 @app.command("eval", epilog="Example: mmft eval runs/caption_ppo eval.samples=512")
@@ -274,7 +290,7 @@ def preview(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status: 0, 2 for what the user can mend, 130 when interrupted.
+    """Run the command line and return its exit status: 0, 2 for what the user can mend, 130 or 143 when stopped.
 
     Anything else that goes wrong is a bug of ours and keeps its traceback.
     """
@@ -283,7 +299,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not debug:
         _quiet_libraries()
     try:
-        arguments = [argument for argument in arguments if argument != "--debug"]
+        arguments = _with_resume([argument for argument in arguments if argument != "--debug"])
         status = app(args=arguments, prog_name="mmft", standalone_mode=False)
         status = status if isinstance(status, int) else 0
     except (UserError, UsageError) as error:
@@ -291,11 +307,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         message = error.format_message() if hasattr(error, "format_message") else str(error)
         return _fail(message) if message else EXIT_USER_ERROR  # no message: the help was shown
+    except Stopped as stopped:
+        return stopped.exit_status
     except (typer.Abort, KeyboardInterrupt):
         status = EXIT_INTERRUPTED  # some releases of typer raise, others return the status
     if status == EXIT_INTERRUPTED:
         typer.echo("interrupted", err=True)
     return status
+
+
+def _with_resume(arguments: list[str]) -> list[str]:
+    """`--resume` with its value spelled out, which may be left out: "" stands for the newest run."""
+    spelled: list[str] = []
+    rest = iter(range(len(arguments)))
+    for i in rest:
+        if arguments[i] != "--resume":
+            spelled.append(arguments[i])
+            continue
+        following = arguments[i + 1] if i + 1 < len(arguments) else "-"
+        has_recipe = any(not a.startswith("-") and "=" not in a for a in spelled[1:])
+        if has_recipe and not following.startswith("-") and "=" not in following:
+            spelled.append(f"--resume={following}")
+            next(rest)
+        else:
+            spelled.append("--resume=")
+    return spelled
 
 
 def _fail(message: str) -> int:

@@ -28,6 +28,19 @@ class UserError(Exception):
     """
 
 
+class Stopped(Exception):
+    """A run was asked to leave by a signal, and has: everything is as after the last whole step."""
+
+    def __init__(self, signum: int):
+        super().__init__(f"stopped by signal {signum}")
+        self.signum = signum
+
+    @property
+    def exit_status(self) -> int:
+        """As shells have it: 130 for Ctrl-C, 143 for SIGTERM."""
+        return 128 + self.signum
+
+
 @dataclass(frozen=True)
 class Row:
     """One row of data: a picture, what is asked about it, and what people said of it.
@@ -61,12 +74,14 @@ class RewardOutput:
     """Rewards of B samples, with every term as measured, as normalised and as weighted.
 
     total: B floats, the sum over terms of `weighted`; raw, normalized, weighted: term name -> B floats.
+    dropped: samples that have no reward, because a term failed on them.
     """
 
     total: list[float]
     raw: dict[str, list[float]] = field(default_factory=dict)
     normalized: dict[str, list[float]] = field(default_factory=dict)
     weighted: dict[str, list[float]] = field(default_factory=dict)
+    dropped: tuple[int, ...] = ()
 
 
 @dataclass

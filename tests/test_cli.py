@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import signal
 import sys
 import types
 from pathlib import Path
@@ -10,7 +12,7 @@ import pytest
 
 from mmft.cli import main
 from mmft.config import ImageFolderConfig, Recipe, ScenesConfig, load_recipe, load_reward_recipe
-from mmft.types import UserError
+from mmft.types import Stopped, UserError
 
 COMMANDS = [
     "train", "eval", "generate", "report", "recipes", "validate", "data preview", "reward train", "reward score",
@@ -52,7 +54,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, ...]]:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_each_help_shows_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*command.split(), "--help"]) == 0
-    assert f"Example: mmft {command}" in capsys.readouterr().out
+    assert re.search(f"Examples?: mmft {command}", capsys.readouterr().out)
 
 
 def test_help_lists_what_exists_and_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
@@ -73,7 +75,9 @@ def test_no_arguments_shows_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["trian", "x"], "error: No such command 'trian'. Did you mean 'train'?"),
         (["data", "preveiw"], "error: No such command 'preveiw'. Did you mean 'preview'?"),
         (["train"], "error: Missing argument 'RECIPE'."),
-        (["train", "caption_ppo", "--resume"], "error: No such option: --resume"),
+        (["train", "caption_ppo", "logging.dir=none", "--resume"], "error: none/caption_ppo: no run to resume"),
+        (["train", "caption_ppo", "--resume", "nowhere"], "error: nowhere: no such run folder"),
+        (["train", "caption_ppo", "--force"], "error: --force: goes with --resume"),
         (["train", "nowhere.yaml"], "error: nowhere.yaml: no such recipe"),
         (["train", "caption_ppo", "lr=1"], "error: command line: lr: unknown key; did you mean train.lr?"),
         (["validate", "caption_ppo", "train.batch=63"], "error: recipes/caption_ppo.yaml: train."),
@@ -111,8 +115,32 @@ def test_debug_shows_the_traceback_wherever_it_stands(place: int) -> None:
 
 def test_train_passes_the_checked_recipe(calls: list[tuple[object, ...]]) -> None:
     assert main(["train", "caption_ppo", "train.steps=3", "--debug"]) == 0
-    assert calls == [("train", load_recipe("caption_ppo", ["train.steps=3"]))]
+    assert calls == [("train", load_recipe("caption_ppo", ["train.steps=3"]), None, False)]
     assert isinstance(calls[0][1], Recipe)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "resume"),
+    [
+        (["caption_ppo", "--resume"], ""),
+        (["--resume", "caption_ppo"], ""),
+        (["caption_ppo", "--resume", "train.steps=3"], ""),
+        (["caption_ppo", "--resume", "--force"], ""),
+        (["caption_ppo", "--resume", "runs/x"], "runs/x"),
+        (["caption_ppo", "train.steps=3", "--resume=runs/x=y"], "runs/x=y"),
+    ],
+)
+def test_resume_may_have_a_value(arguments: list[str], resume: str, calls: list[tuple[object, ...]]) -> None:
+    assert main(["train", *arguments]) == 0
+    assert calls[0][2:] == (resume, "--force" in arguments)
+
+
+def test_a_stopped_run_tells_by_which_signal(monkeypatch: pytest.MonkeyPatch, calls: list[tuple[object, ...]]) -> None:
+    def stopped(*arguments: object) -> None:
+        raise Stopped(signal.SIGTERM)
+
+    monkeypatch.setattr(sys.modules["mmft.run"], "train", stopped)
+    assert main(["train", "caption_ppo"]) == 143
 
 
 def test_eval_passes_target_data_and_overrides(calls: list[tuple[object, ...]]) -> None:
@@ -205,7 +233,7 @@ def test_validate_tells_a_reward_models_recipe(
 def test_interrupt_is_one_line_and_status_130(
     calls: list[tuple[object, ...]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupted(recipe: Recipe) -> None:
+    def interrupted(*arguments: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(sys.modules["mmft.run"], "train", interrupted)
@@ -214,7 +242,7 @@ def test_interrupt_is_one_line_and_status_130(
 
 
 def test_a_bug_keeps_its_traceback(calls: list[tuple[object, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(recipe: Recipe) -> None:
+    def broken(*arguments: object) -> None:
         raise ZeroDivisionError
 
     monkeypatch.setattr(sys.modules["mmft.run"], "train", broken)

@@ -78,11 +78,22 @@ def test_equal_to_pixels() -> None:
             assert torch.equal(ours, theirs) if exact else torch.allclose(ours, theirs, atol=1e-5)
 
 
+def test_features_do_not_depend_on_what_is_known() -> None:
+    """In bf16 a CPU computes batches of other sizes otherwise, so all have one size: a resumed run knows no picture."""
+    interface, prompts, passes = made()
+    interface.base.to(torch.bfloat16)
+    together = features(interface.features, prompts)
+    interface.features.clear()
+    alone = [features(interface.features, [p])[0] for p in prompts]
+    assert passes == [4] * 5
+    assert all(torch.equal(one, other) for one, other in zip(together, alone, strict=True))
+
+
 def test_the_least_recently_used_go() -> None:
     one = made()[0]
     features(one.features, [made()[1][0]])
     size = one.features._bytes
-    interface, prompts, passes = made(budget=2 * size)
+    interface, prompts, passes = made(budget=2 * size, trains=False)
     store = interface.features
     for i in (0, 1, 0, 2):  # 1 is dropped for 2
         features(store, [prompts[i]])
@@ -189,7 +200,7 @@ def test_a_forward_that_is_looked_into_leaves_no_hook() -> None:
 
 def test_weights_that_change_need_a_clear() -> None:
     """Features are found by the pictures' content alone."""
-    interface, prompts, passes = made()
+    interface, prompts, passes = made(trains=False)
     before = features(interface.features, prompts[:1])[0]
     with torch.no_grad():
         for weight in interface.base.model.multi_modal_projector.parameters():
@@ -219,12 +230,13 @@ def shaped(*sizes: int) -> list[Prompt]:
 
 def test_pictures_of_other_shapes_go_through_the_tower_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs of one shape, at most so many pictures and pixels at once; padding would change what a tower sees."""
-    cut = [[p.pictures["pixel_values"].shape[-1] for p in batch] for batch in _equal_batches(shaped(4, 4, 6, 4, 4, 4))]
+    cut = [
+        [p.pictures["pixel_values"].shape[-1] for p in batch] for batch in _equal_batches(shaped(4, 4, 6, 4, 4, 4), 16)
+    ]
     assert cut == [[4, 4], [6], [4, 4, 4]]
-    monkeypatch.setattr(encode_once, "_BATCH", 2)
-    assert [len(batch) for batch in _equal_batches(shaped(4, 4, 4))] == [2, 1]
+    assert [len(batch) for batch in _equal_batches(shaped(4, 4, 4), 2)] == [2, 1]
     monkeypatch.setattr(encode_once, "_BATCH_ELEMENTS", 3 * 4 * 4)
-    assert [len(batch) for batch in _equal_batches(shaped(4, 4, 8))] == [1, 1, 1]
+    assert [len(batch) for batch in _equal_batches(shaped(4, 4, 8), 16)] == [1, 1, 1]
 
 
 def test_a_towers_output_in_its_place_is_pixels() -> None:
@@ -247,7 +259,7 @@ def test_pictures_padded_to_one_shape_go_through_the_tower_apart() -> None:
         Prompt(torch.tensor([5]), {"pixel_values": torch.full((2, 4), float(seed)), "image_sizes": torch.tensor(sizes)})
         for seed, sizes in ((1, [[4, 4], [4, 2]]), (2, [[4, 4], [4, 2]]), (3, [[4, 4], [2, 2]]))
     )
-    assert [len(batch) for batch in _equal_batches([one, same, other])] == [2, 1]
+    assert [len(batch) for batch in _equal_batches([one, same, other], 16)] == [2, 1]
 
 
 def layered(rows: int, layers: int) -> BaseModelOutputWithPooling:

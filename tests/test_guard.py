@@ -131,8 +131,8 @@ def test_the_wire_trips_and_the_best_weights_are_kept(
             held = 2 if action == "stop" else 7
             assert set(bench.weights().values()) == {held}, "the best ones stay when it stops, the last when it goes on"
             assert bench.control.should_training_stop == (action == "stop")
-    (folder, weights) = bench.saved[0]
-    assert folder == bench.run / "checkpoints" / "best"
+    (_, weights) = bench.saved[0]
+    assert [path.name for path in (bench.run / "checkpoints").iterdir()] == ["best"]
     assert set(weights.values()) == {2} and any("value_model" in name for name in weights), "adapter and critic"
     said = capsys.readouterr().err
     line = "step 7: reward rose by 5 while oracle_f1 fell by 53% since step 2"
@@ -266,7 +266,7 @@ def test_a_reward_of_nouns_alone_trips_the_wire_and_goes_on(
     assert adapter_of(warned) != adapter_of(warned / "checkpoints" / "best")
     plain = train(tmp_path / "plain", *UNHELD, reward, *more, window, "reward.tripwire.action=off")
     assert adapter_of(plain) == adapter_of(warned)
-    assert not (plain / "tripwire.json").exists() and not list((plain / "checkpoints").iterdir())
+    assert not (plain / "tripwire.json").exists() and not (plain / "checkpoints" / "best").exists()
     assert "guard/" not in (plain / "metrics.jsonl").read_text()
 
 
@@ -274,7 +274,7 @@ def test_a_healthy_run_does_not_trip(tmp_path: Path) -> None:
     """The default recipe, with a wire as tight as that of the hacked run. Without one the numbers are the same."""
     short = ("train.batch=8", "generation.max_new_tokens=24", "reward.tripwire.window=2")
     folder = train(tmp_path, "train.steps=5", *short, recipe="caption_ppo")
-    assert not (folder / "tripwire.json").exists() and not list((folder / "checkpoints").iterdir())
+    assert not (folder / "tripwire.json").exists() and not (folder / "checkpoints" / "best").exists()
     lines = RunFolder(folder).metrics()
     watched = [line.pop("guard/oracle_f1") for line in lines]
     assert len(watched) == 5 and all(0 < value <= 1 for value in watched)

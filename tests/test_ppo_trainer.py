@@ -307,9 +307,16 @@ def test_a_short_minimum_is_part_of_the_policy(tmp_path: Path) -> None:
     assert tiny.logs_of(trainer)[0]["policy/ratio_first"] == 1.0
 
 
-def test_data_smaller_than_a_batch_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="the data has 3 rows, fewer than the 8"):
-        tiny.trainer(tiny.vision_policy(), tmp_path, data=tiny.rows(3))
+def test_data_smaller_than_a_batch_is_repeated(tmp_path: Path) -> None:
+    """In whole epochs, one after the other."""
+    _, (rollout,) = trained(tmp_path, data=tiny.rows(3))
+    ids = [row.id for row in rollout.rows]
+    assert len(set(ids[:3])) == len(set(ids[3:6])) == 3 and len(ids) == 8
+
+
+def test_no_data_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="the data has no rows"):
+        tiny.trainer(tiny.vision_policy(), tmp_path, data=[])
 
 
 def test_the_critic_learns_at_its_own_rate(tmp_path: Path) -> None:

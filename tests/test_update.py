@@ -136,16 +136,16 @@ def test_the_first_pass_is_done_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_shared_prompts_learn_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two steps of two epochs of two minibatches, from the same orders."""
-    shuffled = VisionPPOTrainer._permutation
+    shuffled = VisionPPOTrainer._order
 
-    def together(trainer: Any) -> Any:
+    def together(trainer: Any, step: int, epoch: int) -> Any:
         trainer.interface.share_prompts, kept = True, trainer.interface.share_prompts
         try:
-            return shuffled(trainer)
+            return shuffled(trainer, step, epoch)
         finally:
             trainer.interface.share_prompts = kept
 
-    monkeypatch.setattr(VisionPPOTrainer, "_permutation", together)
+    monkeypatch.setattr(VisionPPOTrainer, "_order", together)
     results = []
     for share in (True, False):
         trainer, weights = trained(tmp_path / str(share), share_prompts=share, **GENTLY)

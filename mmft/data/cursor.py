@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from mmft.types import Row
+from mmft.types import Row, UserError
 
 if TYPE_CHECKING:
     from mmft.data.sources import Source
@@ -37,6 +37,8 @@ class Shuffled:
     """
 
     def __init__(self, source: Source, seed: int):
+        if not len(source):
+            raise UserError("the data has no rows")
         self.source, self.seed = source, seed
         self.epoch = self.place = 0
         self._order = self._shuffle()

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Protocol
 
 from mmft.config import ImageFolderConfig, ScenesConfig
+from mmft.data.cursor import RowCursor, Shuffled
 from mmft.data.imagefolder import ImageFolder
 from mmft.data.scenes import EmojiScenes
 from mmft.types import Row
@@ -41,17 +42,13 @@ def open_source(config: ScenesConfig | ImageFolderConfig, split: str, samples: i
     )
 
 
-class Repeated:
-    """A small data set repeated until it holds `at_least` rows, so that a batch may be larger than the data."""
+def open_cursor(source: Source, seed: int) -> RowCursor:
+    """Training rows of a source in an endless order."""
+    return source.cursor(seed) if hasattr(source, "cursor") else Shuffled(source, seed)
 
-    def __init__(self, source: Source, at_least: int):
-        self.source = source
-        self.times = max(1, -(-at_least // len(source)))
 
-    def __len__(self) -> int:
-        return self.times * len(self.source)
-
-    def __getitem__(self, index: int) -> Row:
-        if not 0 <= index < len(self):
-            raise IndexError(f"row {index} of {len(self)}")
-        return self.source[index % len(self.source)]
+def first_rows(source: Source, count: int) -> list[Row]:
+    """The first rows of a source, with their pictures."""
+    if hasattr(source, "first"):
+        return source.first(count)
+    return [source[i] for i in range(min(count, len(source)))]

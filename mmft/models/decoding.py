@@ -48,8 +48,8 @@ class Sampling:
             scores[:, list(self.banned)] = float("-inf")
         return scores if self.greedy else scores.div_(self.temperature)
 
-    def choose(self, scores_BV: Tensor) -> Tensor:
-        """Tokens (B)."""
+    def choose(self, scores_BV: Tensor, point_B: Tensor | None = None) -> Tensor:
+        """Tokens (B). point_B: where in each distribution, in [0, 1); drawn here where it is not given."""
         if self.greedy:
             return scores_BV.argmax(-1)
         if self.top_k and self.top_k < scores_BV.shape[-1]:
@@ -64,7 +64,9 @@ class Sampling:
         if self.as_transformers:
             return torch.multinomial(probs_BV, 1).squeeze(1)
         cdf_BV = probs_BV.double().cumsum(-1)  # in fp32 the tail of a large vocabulary would drown in rounding
-        point_B1 = torch.rand(len(cdf_BV), 1, dtype=cdf_BV.dtype, device=cdf_BV.device) * cdf_BV[:, -1:]
+        if point_B is None:
+            point_B = torch.rand(len(cdf_BV), dtype=cdf_BV.dtype, device=cdf_BV.device)
+        point_B1 = point_B[:, None] * cdf_BV[:, -1:]
         # The first token whose sum passes the point: one of probability 0 never is.
         return torch.searchsorted(cdf_BV, point_B1, right=True).squeeze(1).clamp(max=cdf_BV.shape[-1] - 1)
 
@@ -90,10 +92,25 @@ Draw = Callable[[Tensor, int], Tensor]  # logits_BV, step -> tokens_B
 
 
 class Responses:
-    """Tokens as they are drawn, and the log-probabilities they were drawn with; nothing counts after a stop."""
+    """Tokens as they are drawn, and the log-probabilities they were drawn with; nothing counts after a stop.
 
-    def __init__(self, rows: int, sampling: Sampling, pad_id: int, device: torch.device, forced: Tensor | None = None):
+    forced: tokens to take instead of drawing. points_BT: random numbers to draw with, see `Sampling.choose`; a row's
+    answer then depends on nothing beside it. between: called before each token; what it raises ends the sampling.
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        sampling: Sampling,
+        pad_id: int,
+        device: torch.device,
+        forced: Tensor | None = None,
+        points_BT: Tensor | None = None,
+        between: Callable[[], None] | None = None,
+    ):
         self.sampling, self.pad_id, self.forced = sampling, pad_id, forced
+        self.points_BT = None if points_BT is None else points_BT.to(device)
+        self.between = between
         self.stops = torch.tensor(sampling.stops, dtype=torch.long, device=device)
         self.running = torch.ones(rows, dtype=torch.bool, device=device)
         self.tokens: list[Tensor] = []
@@ -101,9 +118,14 @@ class Responses:
 
     def draw(self, logits_BV: Tensor) -> Tensor:
         """The next token of each row; padding where a row has ended."""
+        if self.between is not None:
+            self.between()
         step = len(self.tokens)
         scores = self.sampling.scores(logits_BV, step)
-        drawn = self.sampling.choose(scores) if self.forced is None else self.forced[:, step]
+        if self.forced is None:
+            drawn = self.sampling.choose(scores, None if self.points_BT is None else self.points_BT[:, step])
+        else:
+            drawn = self.forced[:, step]
         drawn = torch.where(self.running, drawn, self.pad_id)
         total = scores.logsumexp(-1)
         if not torch.isfinite(total[self.running]).all():
@@ -290,15 +312,23 @@ DECODERS: dict[str, Callable[[Interface, Sequence[Prompt], Responses], None]] = 
 
 @torch.no_grad()
 def sample_responses(
-    interface: Interface, prompts: Sequence[Prompt], sampling: Sampling, batch: int
+    interface: Interface,
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    batch: int,
+    points_BT: Tensor | None = None,
+    between: Callable[[], None] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(responses_BT, mask_BT, logprobs_BT): what was drawn for each row, up to and including its stop, and with what
-    log-probability; padding and 0 behind.
+    log-probability; padding and 0 behind. points_BT, between: see `Responses`; a model's own `generate` knows neither.
     """
     parts = []
     for start in range(0, len(prompts), batch):
         chunk = prompts[start : start + batch]
-        responses = Responses(len(chunk), sampling, interface.pad_id, interface.device)
+        points = None if points_BT is None else points_BT[start : start + batch]
+        responses = Responses(
+            len(chunk), sampling, interface.pad_id, interface.device, points_BT=points, between=between
+        )
         with interface.prepacked():
             DECODERS[interface.decoder](interface, chunk, responses)
         parts.append(responses.stacked())

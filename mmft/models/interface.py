@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -74,14 +74,14 @@ class Interface:
         self.encoder_decoder = any(c is not None and c.is_encoder_decoder for c in (self.base.config, text))
         self.growth: Growth = {}
         self.prompt_sees: PromptSees = "before"
-        self.features = FeatureStore(self.base, feature_budget, "off" if encode_once == "off" else None)
+        self.features = FeatureStore(self.base, feature_budget, "off" if encode_once == "off" else None, steady=trains)
         self.no_sharing = ""  # why prompts that are asked to be shared cannot be, where the signature says so already
         if share_prompts and (self.encoder_decoder or "position_ids" not in self.takes):
             self.no_sharing = "its decoder reads no prompt" if self.encoder_decoder else "it takes no position ids"
         self.share_prompts = share_prompts and not self.no_sharing
         self.decoder = "cached"  # of `mmft.models.decoding.DECODERS`
         self.checked = False  # by `mmft.models.selfcheck`; until then nothing is shared
-        self.kinds: dict[int, Prompt] = {}  # a prompt of each number of pictures that was checked
+        self.kinds: dict[int, Prompt | None] = {}  # a prompt of each number of pictures that was checked, where at hand
         self.window = attention_window(self.base)
         self.prepacked = PrepackedLinears(self.base)
         self._rope = next((m for m in self.base.modules() if hasattr(m, "get_rope_index")), None)
@@ -112,6 +112,27 @@ class Interface:
         """Without inputs of the prompt that this model's forward does not name; None for pixels that it insists on."""
         unwanted = {"input_ids", "attention_mask", "token_type_ids"} - self.takes
         return self._insisted | {name: value for name, value in inputs.items() if name not in unwanted}
+
+    # What the start-up check found out, for a run that resumes and for processes that must do the same.
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {
+            "ways": list(self.features.ways),
+            "growth": dict(self.growth),
+            "prompt_sees": self.prompt_sees,
+            "share_prompts": self.share_prompts,
+            "decoder": self.decoder,
+            "kinds": sorted(self.kinds) if self.checked else None,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes back a `state_dict`; what it was checked on is not checked again."""
+        self.features.ways = list(state["ways"])
+        self.growth, self.prompt_sees = dict(state["growth"]), state["prompt_sees"]
+        self.share_prompts, self.decoder = state["share_prompts"], state["decoder"]
+        self.checked = state["kinds"] is not None
+        self.kinds = dict.fromkeys(state["kinds"] or (), None)
 
     # Scoring: prompts and responses in one pass.
 

@@ -50,15 +50,28 @@ def check(interface: Interface, prompts: Sequence[Prompt]) -> list[str]:
     kinds = {p.picture_count: p for p in reversed(prompts)}
     if interface.checked and kinds.keys() <= interface.kinds.keys():
         return []
-    kinds |= interface.kinds
+    kinds |= {count: prompt for count, prompt in interface.kinds.items() if prompt is not None}
     devices = [interface.device] if interface.device.type == "cuda" else []
     with evaluating(interface.model), torch.random.fork_rng(devices=devices):
         torch.manual_seed(0)
         notes = _Check(interface, prompts, kinds).run()
-    interface.checked, interface.kinds = True, kinds
+    interface.checked, interface.kinds = True, interface.kinds | kinds
     for note in notes:
         logger.warning(note)
     return notes
+
+
+def most_cautious(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What holds for every process, of the interface's states that each found on prompts of its own."""
+    together = dict(states[0])
+    together["ways"] = min((s["ways"] for s in states), key=len)
+    together["decoder"] = max((s["decoder"] for s in states), key=list(DECODERS).index)
+    together["growth"] = {name: value for s in states for name, value in s["growth"].items()}
+    alike = len({s["prompt_sees"] for s in states}) == 1
+    together["share_prompts"] = alike and all(s["share_prompts"] for s in states)
+    kinds = [s["kinds"] for s in states]
+    together["kinds"] = None if None in kinds else sorted({count for counts in kinds for count in counts})
+    return together
 
 
 class _Check:

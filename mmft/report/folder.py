@@ -22,9 +22,11 @@ from mmft.types import RewardOutput, Row, UserError
 
 RECIPE, METRICS, TIMING = "recipe.yaml", "metrics.jsonl", "timing.jsonl"
 SAMPLES, EVAL, EVAL_SAMPLES = "samples.jsonl", "eval.json", "eval_samples.jsonl"
+BEFORE, BAD_ROWS = "before.json", "bad_rows.jsonl"
 CHECKPOINTS, ADAPTER, REWARD, PICTURES, REPORT = "checkpoints", "adapter", "reward", "pictures", "report.html"
 # Any of these makes a folder a run that a new one must not mix with.
 _MARKS = (RECIPE, METRICS, SAMPLES, EVAL, CHECKPOINTS, ADAPTER)
+_APPENDED = (METRICS, TIMING, SAMPLES, BAD_ROWS)
 # What trainers log of the clock, beside our own `time/...`.
 _CLOCK = re.compile(r"time/|(train|eval)_runtime$|\w+_per_second$|eps$")
 
@@ -125,6 +127,51 @@ class RunFolder:
     def write_text(self, name: str, text: str) -> Path:
         """Replaces a text file in one step."""
         return self._replace(name, text)
+
+    # -- stopping and going on -----------------------------------------------------------------------------------
+
+    def positions(self) -> dict[str, int]:
+        """Sizes of the appended files, which are forced to disk: where a checkpoint stands in them."""
+        found = {}
+        for name in _APPENDED:
+            path = self.path / name
+            if path.is_file():
+                with _writing(path), open(path, "rb") as file:
+                    os.fsync(file.fileno())
+                    found[name] = os.fstat(file.fileno()).st_size
+        return found
+
+    def rewind(self, positions: Mapping[str, int]) -> None:
+        """Cuts the appended files back to where a checkpoint stood in them; removes those that it did not know.
+
+        Raises UserError for a file that is shorter than it was then.
+        """
+        for name in _APPENDED:
+            path, size = self.path / name, positions.get(name)
+            there = path.stat().st_size if path.is_file() else None
+            if size is not None and (there is None or there < size):
+                raise UserError(f"{path}: shorter than at the checkpoint ({there or 0} of {size} bytes)")
+            with _writing(path):
+                if size is None:
+                    path.unlink(missing_ok=True)
+                else:
+                    os.truncate(path, size)
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        yield
+
+    @classmethod
+    def last_run(cls, root: str | Path, name: str) -> RunFolder | None:
+        """The newest of `root/name`, `root/name-2`, `-3`, ... that holds a run."""
+        found = None
+        for number in itertools.count(1):
+            path = Path(root) / (name if number == 1 else f"{name}-{number}")
+            if not path.is_dir():
+                return found
+            if (path / RECIPE).is_file():
+                found = cls(path)
+        raise AssertionError("unreachable: numbers do not run out")
 
     # -- reading -------------------------------------------------------------------------------------------------
 

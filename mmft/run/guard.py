@@ -12,20 +12,23 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from mmft.config import TripwireConfig
 from mmft.eval.evaluator import evaluate_captions
-from mmft.report.folder import RunFolder
+from mmft.report.folder import CHECKPOINTS, RunFolder, read_json
 from mmft.rewards.combine import RewardFunction
 from mmft.rewards.parallel import ParallelTerm
 from mmft.rewards.terms import TERMS
+from mmft.train.checkpoint import write_checkpoint
 from mmft.train.experience import Rollout
 from mmft.train.ppo import VisionPPOTrainer
 from mmft.train.tripwire import Tripwire
 from mmft.types import Row, UserError
 
 PREFIX = "guard/"
+STATE, BEST = "guard.json", "guard.safetensors"
 _LESS_IS_BETTER = ("oracle_hallucination", "repetition", "bad_ending")
 
 
@@ -77,6 +80,26 @@ class RewardGuard(TrainerCallback):
         self.best: dict[str, torch.Tensor] = {}
         self.tripped = False
 
+    @property
+    def has_stopped(self) -> bool:
+        """Whether training has ended here: the best weights are back, and nothing may move them again."""
+        return self.tripped and self.config.action == "stop"
+
+    def save_state(self, folder: Path) -> None:
+        """What a checkpoint needs to go on watching."""
+        state = {"metric": self.metric, "tripped": self.tripped, "wire": self.wire.state_dict()}
+        (folder / STATE).write_text(json.dumps(state), encoding="utf-8")
+        save_file({name: tensor.contiguous() for name, tensor in self.best.items()}, folder / BEST)
+
+    def load_state(self, folder: Path) -> None:
+        """Takes back what `save_state` wrote; a watch over another metric, or none, begins anew."""
+        state = read_json(folder / STATE)
+        if state is None or state["metric"] != self.metric:
+            return
+        self.tripped = state["tripped"]
+        self.wire.load_state_dict(state["wire"])
+        self.best = load_file(folder / BEST)
+
     def watch(self, rollout: Rollout) -> dict[str, float]:
         """The metric of a batch, to be logged with it."""
         scores = evaluate_captions(rollout.captions, rollout.rows, None, rollout.finished_B.tolist())
@@ -98,11 +121,11 @@ class RewardGuard(TrainerCallback):
         message = f"step {state.global_step}: {seen.describe(self.metric)}"
         if state.is_world_process_zero:
             Console(stderr=True).print(f"[bold red]tripwire[/] {message}", highlight=False)
-        folder = self.run / "checkpoints" / "best"
+        folder = self.run / CHECKPOINTS / "best"
         now = {name: p.detach().clone() for name, p in self._trained()}
         self._put(self.best)
         if state.is_world_process_zero:
-            self.save(folder)
+            write_checkpoint(folder, self.save)
             record = {"step": state.global_step, "metric": self.metric, "message": message, **vars(seen)}
             self.run.write_text("tripwire.json", json.dumps(record, indent=2) + "\n")
         if self.config.action == "stop":

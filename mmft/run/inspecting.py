@@ -17,7 +17,9 @@ from mmft.eval.evaluator import evaluate_captions, evaluation_record
 from mmft.models.policy import Policy, load_adapter, load_pretrained
 from mmft.report.folder import RunFolder, clean
 from mmft.report.table import print_evaluation
-from mmft.run.training import caption_rows, device_of, dtype_of, eval_rows, prepare, quiet_loading
+from mmft.run.building import eval_rows, prepare
+from mmft.run.captioning import caption_rows
+from mmft.run.device import device_of, dtype_of, quiet_loading
 from mmft.types import Row, UserError
 
 

@@ -25,8 +25,8 @@ from mmft.models.footprint import Footprint
 from mmft.models.prompts import Prompt
 from mmft.models.reward_footprint import reward_footprint
 from mmft.report.plan_table import print_plan
+from mmft.run.device import device_of, dtype_of, quiet_loading
 from mmft.run.probing import Timing, probe
-from mmft.run.training import device_of, dtype_of, quiet_loading
 from mmft.types import UserError
 
 GB = 2**30

@@ -17,7 +17,9 @@ from mmft.models.policy import Policy, load_policy
 from mmft.models.value_adapter import CRITIC
 from mmft.report.folder import RunFolder
 from mmft.report.progress import ProgressReporter
-from mmft.run.training import Job, build_trainer, caption_rows, device_of, dtype_of, eval_rows, prepare
+from mmft.run.building import Job, build_trainer, eval_rows, prepare
+from mmft.run.captioning import caption_rows
+from mmft.run.device import device_of, dtype_of
 
 PHASES = ("sample", "score", "reference", "reward", "update")
 _ROWS = 8  # of the smaller batch, or one prompt's captions where those are more

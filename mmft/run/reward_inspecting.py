@@ -25,9 +25,9 @@ from mmft.rewards.learned import NETWORK, NetworkTerm, learned_weights, terms_of
 from mmft.rewards.preferences import read_judgements
 from mmft.rewards.sources import JudgementSets, open_judgements
 from mmft.rewards.weights import LearnedWeight
+from mmft.run.device import device_of, quiet_loading
 from mmft.run.reward_record import judge
 from mmft.run.reward_training import check_references, fit_terms
-from mmft.run.training import device_of, quiet_loading
 from mmft.train.reward import add_features, captions_of, scores_of
 from mmft.types import Row, UserError
 

@@ -36,8 +36,8 @@ from mmft.rewards.learned import NETWORK, TERMS_FILE, label_of
 from mmft.rewards.sources import JudgementSets, open_judgements
 from mmft.rewards.terms import Term, build_term
 from mmft.rewards.weights import LearnedWeight, learn_weights
+from mmft.run.device import device_of, quiet_loading
 from mmft.run.reward_record import example_pairs, judge
-from mmft.run.training import device_of, quiet_loading
 from mmft.train.reward import (
     TrainingSet,
     add_features,

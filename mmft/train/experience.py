@@ -4,6 +4,7 @@ functions.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -45,6 +46,14 @@ class Rollout:
     potential_BT: Tensor | None = None
     watched: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def kept_B(self) -> Tensor:
+        """Rows that have a reward: all but those on which a term failed (`reward.on_error: drop`)."""
+        kept_B = torch.ones_like(self.finished_B)
+        if self.reward is not None and self.reward.dropped:
+            kept_B[list(self.reward.dropped)] = False
+        return kept_B
+
 
 @dataclass
 class Experience:
@@ -60,6 +69,11 @@ class Experience:
     non_score_reward_BT: Tensor
     reward_BT: Tensor
     td_loss: Tensor
+
+    def part(self, rows: slice, width: int) -> Experience:
+        """Rows of the batch, `width` positions of each."""
+        tensors = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return Experience(**{name: t[rows, :width] if t.dim() == 2 else t for name, t in tensors.items()})
 
 
 @dataclass(frozen=True)
@@ -85,7 +99,7 @@ def make_experience(rollout: Rollout, settings: ExperienceSettings) -> Experienc
     action that ended the response earns what the response is worth. `"next"` is TRL's layout, one position later
     where there is room.
     """
-    mask_BT = rollout.mask_BT
+    mask_BT = rollout.mask_BT & rollout.kept_B[:, None]
     scores_B = penalised_scores(rollout.scores_B, rollout.finished_B, settings.missing_eos_penalty)
     reference_BT = rollout.logprobs_BT if rollout.ref_logprobs_BT is None else rollout.ref_logprobs_BT
     kl_BT = kl_estimate(rollout.logprobs_BT, reference_BT, mask_BT, settings.kl_estimator)

@@ -32,28 +32,32 @@ TRL_NAMES = {
 def rollout_metrics(
     rollout: Rollout, experience: Experience, missing_eos_penalty: float | None, gamma: float
 ) -> dict[str, Tensor]:
-    """Means over this process's responses, name -> 0-d tensor."""
-    mask_BT = rollout.mask_BT
-    scores = penalised_scores(rollout.scores_B, rollout.finished_B, missing_eos_penalty).mean()
-    non_score = experience.non_score_reward_BT.sum(1).mean()
+    """Means over the responses of all processes, name -> 0-d tensor; those without a reward are left out."""
+    kept_B = rollout.kept_B
+    mask_BT = rollout.mask_BT[kept_B]
+    scores = penalised_scores(rollout.scores_B, rollout.finished_B, missing_eos_penalty)[kept_B].mean()
+    non_score = experience.non_score_reward_BT[kept_B].sum(1).mean()
+    returns_B = discounted_return(experience.reward_BT, experience.value_mask_BT, gamma)
     metrics = {
-        "objective/entropy": (-rollout.logprobs_BT * mask_BT).sum(1).mean(),
+        "objective/entropy": (-rollout.logprobs_BT[kept_B] * mask_BT).sum(1).mean(),
         "objective/non_score_reward": non_score,
         "objective/rlhf_reward": non_score + scores,
         "objective/scores": scores,
-        "objective/return": discounted_return(experience.reward_BT, experience.value_mask_BT, gamma).mean(),
-        "value/mean": masked_mean(rollout.value_BT, mask_BT),
+        "objective/return": returns_B[kept_B].mean(),
+        "value/mean": masked_mean(rollout.value_BT[kept_B], mask_BT),
         "value/td_loss": experience.td_loss,
         "response/tokens": mask_BT.sum(1).float().mean(),
-        "response/finished": rollout.finished_B.float().mean(),
+        "response/finished": rollout.finished_B[kept_B].float().mean(),
     }
     if rollout.ref_logprobs_BT is not None:
-        metrics["objective/kl"] = experience.kl_BT.sum(1).mean()
+        metrics["objective/kl"] = experience.kl_BT[kept_B].sum(1).mean()
     metrics |= {name: torch.tensor(value, device=mask_BT.device) for name, value in rollout.watched.items()}
     if rollout.reward is not None:
         for kind in ("raw", "normalized", "weighted"):
             for term, values in getattr(rollout.reward, kind).items():
-                metrics[f"reward/{kind}/{term}"] = torch.tensor(values, device=mask_BT.device).mean()
+                metrics[f"reward/{kind}/{term}"] = torch.tensor(values, device=mask_BT.device)[kept_B].mean()
+        if not bool(kept_B.all()):
+            metrics["reward/dropped"] = (~kept_B).float().sum()
     return metrics
 
 

@@ -1,8 +1,8 @@
 """PPO for vision-language models: TRL's `PPOTrainer` with pictures, LoRA, a shared-trunk critic and an L2 anchor.
 
 TRL gives the constructor, accelerator, optimizer, callbacks, saving and hub plumbing; rollout, scoring, update and
-`train` are ours. Given text and a plain `PPOConfig`, the numbers are TRL's (tests/test_ppo_parity.py). Left out here:
-resuming, several models in one process, DeepSpeed ZeRO-3.
+`train` are ours. Given text and a plain `PPOConfig`, the numbers are TRL's (tests/test_ppo_parity.py); given a
+`VisionPPOConfig`, a run can be resumed to the bit, and its numbers do not depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -10,16 +10,19 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
+from functools import partial
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader
 from trl.experimental.ppo import PPOTrainer
 from trl.experimental.utils import get_reward
 
+from mmft.data.cursor import RowCursor, Shuffled
 from mmft.functional.policy import KLController
 from mmft.functional.schedule import learning_rate_factor
 from mmft.models.anchor import Anchor
@@ -30,12 +33,16 @@ from mmft.models.interface import Interface, evaluating
 from mmft.models.policy import eos_ids, picture_token_ids
 from mmft.models.prompts import Prompt, PromptBuilder, pad_prompts, prompts_of
 from mmft.models.scoring import PolicyWithCritic
-from mmft.models.selfcheck import check
+from mmft.models.selfcheck import check, most_cautious
 from mmft.models.value_adapter import adapters_off, add_value_adapter, critic_parameters
 from mmft.train import rollout as rollouts
+from mmft.train.batches import Batches, LoaderBatches
 from mmft.train.experience import Experience, ExperienceSettings, Rollout, make_experience
 from mmft.train.metrics import TRL_NAMES, PhaseTimer, rollout_metrics
 from mmft.train.ppo_config import VisionPPOConfig, setting
+from mmft.train.randomness import Randomness
+from mmft.train.ranks import Ranks
+from mmft.train.undo import WholeSteps
 from mmft.train.update import Scored, Updater
 from mmft.types import RewardOutput, Row, UserError
 
@@ -57,10 +64,12 @@ class VisionPPOTrainer(PPOTrainer):
         args: a `VisionPPOConfig`, or TRL's `PPOConfig` for TRL's behaviour.
         processing_class: a processor, or a tokenizer for text alone.
         reward_model: a callable `(captions, rows, finished) -> RewardOutput`, or TRL's sequence classifier.
-        train_dataset: map-style; items are `mmft.types.Row`, or TRL's `input_ids` for text alone.
+        train_dataset: map-style, or a `mmft.data.cursor.RowCursor`; items are `mmft.types.Row`, or TRL's `input_ids`
+            for text alone.
         value_model: None for a value head on the policy's own states, or TRL's second model (text alone).
 
-    `on_rollout(step, rollout)`, if set, sees every batch before the update.
+    `on_rollout(step, rollout)`, if set, sees every batch of all processes before the update. `steps.signals`, if
+    set, are looked at between micro-batches. `mmft.train.trainer_state` carries a run over to another process.
     """
 
     _tag_names: ClassVar = ["mmft", "trl", "ppo"]
@@ -81,6 +90,7 @@ class VisionPPOTrainer(PPOTrainer):
         self.stops = self._stop_ids(args, model, processing_class)
         self.banned = picture_token_ids(model, processing_class)
         self.on_rollout: Callable[[int, Rollout], None] | None = None
+        self.loaded = False  # whether `train` goes on behind a step instead of beginning
         shares = setting(args, "share_prompts") and (value_model is None or isinstance(value_model, ValueHead))
         budget = int(setting(args, "feature_cache_gb") * 2**30)
         self.interface = Interface(model, self.builder, setting(args, "encode_once"), budget, shares)
@@ -92,6 +102,11 @@ class VisionPPOTrainer(PPOTrainer):
             data_collator = self.builder.collate
         if not isinstance(reward_model, nn.Module):
             reward_model = CallableReward(reward_model)
+        cursor = None
+        if isinstance(args, VisionPPOConfig):
+            ready = hasattr(train_dataset, "draw")
+            cursor = train_dataset if ready else Shuffled(train_dataset, args.seed)
+            train_dataset = _NoRows() if ready else train_dataset
         # TRL's own handling would ask a processor for a tokenizer's eos_token_id.
         stop_token, args.stop_token = args.stop_token, None
         super().__init__(
@@ -106,31 +121,47 @@ class VisionPPOTrainer(PPOTrainer):
             **kwargs,
         )
         args.stop_token = stop_token
+        self.ranks = Ranks(self.accelerator, args.local_batch_size)
+        self.steps = WholeSteps(self)
+        self._take_model_back()
+        self.randomness = Randomness(args.seed)
         self.policy_model.generation_config.eos_token_id = list(self.stops) or None
         self.kl = KLController(args.kl_coef, setting(args, "kl_target"), setting(args, "kl_horizon"))
         self.anchor = Anchor(self.policy_model, setting(args, "l2"), setting(args, "adapter_penalty"))
         self.updater = Updater(self)
         self.timer = PhaseTimer(self.accelerator.device)
-        self._set_up_data()
+        self._set_up_data(cursor)
 
     def _stop_ids(self, args: Any, model: Any, processing_class: Any) -> tuple[int, ...]:
         if args.stop_token_id is not None:
             return (args.stop_token_id,)
         return eos_ids(model, processing_class) if args.stop_token == "eos" else ()
 
-    def _set_up_data(self) -> None:
-        """Groups of `samples_per_prompt` come from a loader of fewer rows; too small a data set would never fill a
-        batch.
+    def _set_up_data(self, cursor: RowCursor | None) -> None:
+        """Ours draws the same rows for any number of processes; TRL's settings keep TRL's loader."""
+        args = self.args
+        if cursor is None:
+            if len(self.train_dataset) < args.batch_size:
+                needed = f"fewer than the {args.batch_size} that one batch needs"
+                raise UserError(f"the data has {len(self.train_dataset)} rows, {needed}")
+            self.batches = LoaderBatches(self.dataloader)
+            return
+        count, mine = args.batch_size // args.samples_per_prompt, self.ranks.rows
+        own = slice(mine.start // args.samples_per_prompt, mine.stop // args.samples_per_prompt)
+        self.batches = Batches(cursor, count, own, args.workers, self.data_collator)
+
+    def _leave_model_unwrapped(self) -> None:
+        """TRL's constructor would wrap the model in DDP, which waits for gradients that a process may not have: those
+        of the tower where its rows hold no picture. `Ranks` adds gradients up instead.
         """
-        args, group = self.args, setting(self.args, "samples_per_prompt")
-        rows = args.local_batch_size // group
-        if len(self.train_dataset) < rows * args.world_size:
-            raise UserError(f"the data has {len(self.train_dataset)} rows, fewer than the {rows} that one batch needs")
-        if group > 1:
-            loader = DataLoader(self.train_dataset, rows, shuffle=True, collate_fn=self.data_collator, drop_last=True)
-            torch.manual_seed(args.seed)
-            self.dataloader = self.accelerator.prepare(loader)
-            torch.manual_seed(self.local_seed)
+        self._module = self.model
+        if self.accelerator.distributed_type in (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+            self.model = SimpleNamespace(config=self.policy_model.config)
+
+    def _take_model_back(self) -> None:
+        if isinstance(self.model, SimpleNamespace):
+            self.model = self.callback_handler.model = self._module.to(self.accelerator.device)
+        del self._module
 
     def create_optimizer_and_scheduler(self, num_training_steps: int) -> None:
         """TRL calls this when the policy is ready: the place to put our policy and critic in the place of its own
@@ -141,6 +172,7 @@ class VisionPPOTrainer(PPOTrainer):
         self.model.config = self.policy_model.config
         if not isinstance(args, VisionPPOConfig) or self.optimizer is not None:
             super().create_optimizer_and_scheduler(num_training_steps)
+            self._leave_model_unwrapped()
             return
         adapter = critic_parameters(self.policy_model)
         critic = [p for p in self.value_model.parameters() if p.requires_grad] + adapter
@@ -156,32 +188,43 @@ class VisionPPOTrainer(PPOTrainer):
         self.lr_scheduler = LambdaLR(
             self.optimizer, lambda step: learning_rate_factor(args.schedule, step, num_training_steps, args.warmup)
         )
+        self._leave_model_unwrapped()
 
     # The loop: sample, score, learn, log.
 
     def train(self) -> None:
+        """Raises Stopped where `steps.signals` have come: everything is then as after the last whole step."""
         self._begin()
-        batches = self._batches()
-        for step in range(1, self.args.num_total_batches + 1):
-            self.timer.start()
-            orders = self._orders()
-            rollout, scored = self._rollout(next(batches), next(orders))
-            rollout.potential_BT = self._potentials(rollout)
-            if self.on_rollout is not None:
-                self.on_rollout(step, rollout)
-            experience = make_experience(rollout, self._experience_settings())
-            with self.timer("update"):
-                stats = self.updater.update(rollout, experience, orders, scored)
-            self._log_step(rollout, experience, stats)
-            kl = self.accelerator.reduce(experience.kl_BT.sum(1).mean(), "mean")
-            self.kl.update(kl.item(), self.args.batch_size)
-            self.lr_scheduler.step()
-            self._end_step()
-            if self.control.should_training_stop:
-                break
+        try:
+            for step in range(self.state.global_step + 1, self.args.num_total_batches + 1):
+                self.steps.run(partial(self._step, step))
+                if self.control.should_training_stop:
+                    break
+                self.steps.leave_if_asked()
+        finally:
+            self.batches.close()
         self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
 
-    def _rollout(self, batch: dict[str, Any], order: list[Tensor]) -> tuple[Rollout, Scored]:
+    def _step(self, step: int) -> None:
+        self.timer.start()
+        orders = self._orders(step)
+        local, scored = self._rollout(step, self.batches.next(), next(orders))
+        local.potential_BT = self._potentials(local)
+        rollout = self.ranks.everyone(local)
+        if step == 1:
+            self._centre_critic(rollout, local, scored)
+        if self.on_rollout is not None:
+            self.on_rollout(step, rollout)
+        experience = make_experience(rollout, self._experience_settings())
+        self.steps.weights_will_change()
+        with self.timer("update"):
+            stats = self.updater.update(local, experience, orders, scored)
+        self._log_step(rollout, experience, stats)
+        self.kl.update(float(experience.kl_BT.sum(1).mean()), self.args.batch_size)
+        self.lr_scheduler.step()
+        self._end_step()
+
+    def _rollout(self, step: int, batch: dict[str, Any], order: list[Tensor]) -> tuple[Rollout, Scored]:
         """Samples a response for each row and scores it; old log-probabilities come from the first epoch's own
         micro-batches, of which the first keeps its graph for the update.
         """
@@ -190,15 +233,17 @@ class VisionPPOTrainer(PPOTrainer):
         prompts = [p for p in prompts_of(batch) for _ in range(group)]
         rows = [row for row in batch.get("rows", []) for _ in range(group)]
         policy = self.accelerator.unwrap_model(self.model).policy
+        order = [self.ranks.own(rows) for rows in order]
         with self.timer("sample"), evaluating(policy):
-            check(self.interface, prompts)
+            self._check(prompts)
             responses, mask, sampled = sample_responses(
-                self.interface, prompts, self._sampling(), args.local_rollout_forward_batch_size
-            )
+                self.interface, prompts, self._sampling(), args.local_rollout_forward_batch_size, self._points(step),
+                self.steps.between,
+            )  # fmt: skip
             finished = ended(responses, mask, self.stops)
         with self.timer("score"):
             scored = self.updater.score(prompts, responses, mask, order)
-        if self.state.global_step == 0 and setting(args, "top_p") == 1.0 and not setting(args, "top_k"):
+        if step == 1 and setting(args, "top_p") == 1.0 and not setting(args, "top_k"):
             rollouts.check_sampling(sampled, scored.scores.logprobs_BT, mask, policy.dtype)
         with self.timer("reference"):
             reference = self._reference_logprobs(prompts, responses, mask, order)
@@ -211,46 +256,57 @@ class VisionPPOTrainer(PPOTrainer):
             reward if isinstance(reward, Tensor) else torch.tensor(reward.total, device=mask.device),
             captions, None if isinstance(reward, Tensor) else reward,
         )  # fmt: skip
-        if self.state.global_step == 0:
-            self._centre_critic(rollout, scored)
         return rollout, scored
 
-    def _centre_critic(self, rollout: Rollout, scored: Scored) -> None:
+    def _check(self, prompts: list[Prompt]) -> None:
+        """The start-up check, each process on its own prompts; all go on the way that holds for each."""
+        seen = dict(self.interface.kinds)
+        check(self.interface, prompts)
+        if self.ranks.any(self.interface.kinds.keys() != seen.keys()):
+            states = self.ranks.gather_list([self.interface.state_dict()])
+            together = most_cautious(states)
+            if any(state != together for state in states):
+                self.interface.load_state_dict(together)
+
+    def _points(self, step: int) -> Tensor | None:
+        args = self.args
+        if not isinstance(args, VisionPPOConfig):
+            return None
+        return self.randomness.points(step, args.batch_size, args.response_length)[self.ranks.rows]
+
+    def _centre_critic(self, rollout: Rollout, local: Rollout, scored: Scored) -> None:
         """A fresh value head starts at the mean score of the first batch; TRL's settings leave it where it is."""
         critic = self.accelerator.unwrap_model(self.model).value_model
         if isinstance(critic, ValueHead) and isinstance(self.args, VisionPPOConfig):
-            mean = float(self.accelerator.reduce(rollout.scores_B.mean(), "mean"))
+            mean = float(rollout.scores_B[rollout.kept_B].mean())
             critic.centre(mean)
-            rollout.value_BT += mean
+            for values in {id(r): r.value_BT for r in (rollout, local)}.values():
+                values += mean
             if scored.live is not None and scored.live.value_BT is not None:
                 scored.live = dataclasses.replace(scored.live, value_BT=scored.live.value_BT + mean)
 
     # What the loop is made of.
 
-    def _batches(self) -> Iterator[dict[str, Any]]:
-        while True:
-            yield from self.dataloader
-
-    def _orders(self) -> Iterator[list[Tensor]]:
-        """Shuffled epochs without end: minibatches of row indices.
+    def _orders(self, step: int) -> Iterator[list[Tensor]]:
+        """Shuffled epochs without end: minibatches of indices of the global batch's rows.
 
         The first order is given twice: to the scoring of old log-probabilities, then to the first epoch of the update.
         """
-        args = self.args
         for epoch in itertools.count():
-            order = torch.from_numpy(self._permutation()).to(self.accelerator.device)
-            minibatches = list(order.split(args.local_mini_batch_size))
+            minibatches = self._order(step, epoch)
             if epoch == 0:
                 yield minibatches
             yield minibatches
 
-    def _permutation(self) -> np.ndarray:
-        """Rows shuffled; where responses share their prompt's pass, prompts are, and a prompt's rows stay together."""
-        args, group = self.args, setting(self.args, "samples_per_prompt")
-        if group == 1 or not self.interface.share_prompts:
-            return np.random.permutation(args.local_batch_size)
-        prompts = np.random.permutation(args.local_batch_size // group)
-        return (prompts[:, None] * group + np.arange(group)).reshape(-1)
+    def _order(self, step: int, epoch: int) -> list[Tensor]:
+        """Where responses share their prompt's pass, prompts are shuffled, and a prompt's rows stay together."""
+        args, device = self.args, self.accelerator.device
+        if not isinstance(args, VisionPPOConfig):
+            rows = torch.from_numpy(np.random.permutation(args.local_batch_size)).to(device)
+            return list((rows + self.ranks.rows.start).split(args.local_mini_batch_size))
+        together = args.samples_per_prompt if self.interface.share_prompts else 1
+        order = self.randomness.order(step, epoch, args.batch_size, args.num_mini_batches, together)
+        return [rows.to(device) for rows in order]
 
     def _sampling(self) -> Sampling:
         args = self.args
@@ -284,6 +340,7 @@ class VisionPPOTrainer(PPOTrainer):
         self, prompts: list[Prompt], rows: list[Row], responses: Tensor, captions: list[str], finished: Tensor
     ) -> RewardOutput | Tensor:
         if isinstance(self.reward_model, CallableReward):
+            self.steps.between()
             return self.reward_model.function(captions, rows, finished.tolist())
         pad_id = self.builder.pad_id
         queries = pad_prompts(prompts, pad_id, "left")["input_ids"].to(responses.device)
@@ -315,7 +372,9 @@ class VisionPPOTrainer(PPOTrainer):
         # Dropout is off anyway; in training mode frozen batch norms would learn, and rows depend on their batch. Only
         # recomputed activations need it.
         self.model.train(bool(getattr(self.policy_model, "is_activation_checkpointing", False)))
-        state.global_step = state.episode = 0
+        if not self.loaded:
+            state.global_step = state.episode = 0
+        self.loaded = False
         state.max_steps = args.num_total_batches
         state.num_train_epochs = args.total_episodes / self.train_dataset_len
         for name in ("logging_steps", "eval_steps", "save_steps"):
@@ -332,10 +391,10 @@ class VisionPPOTrainer(PPOTrainer):
 
     def _log_step(self, rollout: Rollout, experience: Experience, stats: dict[str, float]) -> None:
         args, device = self.args, rollout.mask_BT.device
-        local = rollout_metrics(rollout, experience, args.missing_eos_penalty, args.gamma)
-        local |= {TRL_NAMES.get(name, name): torch.tensor(value, device=device) for name, value in stats.items()}
-        names = sorted(local)
-        means = self.accelerator.reduce(torch.stack([local[name].float() for name in names]), "mean").tolist()
+        metrics = rollout_metrics(rollout, experience, args.missing_eos_penalty, args.gamma)
+        metrics |= {TRL_NAMES.get(name, name): torch.tensor(value, device=device) for name, value in stats.items()}
+        names = sorted(metrics)
+        means = torch.stack([metrics[name].float() for name in names]).tolist()
         self.state.episode += args.batch_size
         self.state.epoch = self.state.episode / self.train_dataset_len
         self.state.global_step += 1
@@ -352,6 +411,16 @@ class VisionPPOTrainer(PPOTrainer):
             | self.timer.stop()
             | {"time/encode": self.interface.features.take_seconds()}
         )
+
+
+class _NoRows:
+    """Stands for a data set that is read through a cursor, where TRL's constructor asks for a length."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> Any:
+        raise IndexError("these rows come from a cursor")
 
 
 def _is_tokenized(dataset: Any) -> bool:

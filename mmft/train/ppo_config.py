@@ -50,6 +50,7 @@ class VisionPPOConfig(PPOConfig):
     encode_once: Literal["auto", "on", "off"] = _setting("auto", "Encode each distinct picture once, if frozen.")
     feature_cache_gb: float = _setting(2.0, "Memory for features of pictures, in GiB.")
     share_prompts: bool = _setting(True, "Responses of one prompt share its forward and backward pass.")
+    workers: int = _setting(0, "Threads that prepare the next batch while the model computes.")
 
 
 # What a plain `PPOConfig` stands for: TRL's own behaviour.

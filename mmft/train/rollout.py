@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -25,15 +25,18 @@ def score(
     mask_BT: Tensor,
     batches: Sequence[Tensor],
     values: bool = True,
+    between: Callable[[], None] | None = None,
 ) -> TokenScores:
     """Log-probabilities and values of all rows, computed in the micro-batches `batches` (index tensors that cover
-    every row).
+    every row); `between` is called before each.
 
     The update's first epoch uses the same micro-batches, so its first ratio compares equal arithmetic and is exactly 1.
     """
     zeros = torch.zeros(responses_BT.shape, device=responses_BT.device)
     whole = TokenScores(zeros, None, zeros.clone())
     for index in batches:
+        if between is not None:
+            between()
         scores = forward(model, interface, prompts, responses_BT, mask_BT, index, values, with_entropy=False)
         put(whole, index, scores, mask_BT)
     return whole

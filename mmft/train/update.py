@@ -6,7 +6,6 @@ import itertools
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -66,8 +65,8 @@ class Updater:
             def like(i: int) -> tuple[int, int, int, int]:
                 return -longest[place[i]], place[i], -(len(prompts[i]) + lengths[i]), i
 
-            order = [torch.tensor(sorted(rows.tolist(), key=like), device=rows.device) for rows in order]
-        return [list(rows.split(self.micro_batch)) for rows in order]
+            order = [rows.new_tensor(sorted(rows.tolist(), key=like)) for rows in order]
+        return [list(rows.split(self.micro_batch)) if len(rows) else [] for rows in order]
 
     def score(self, prompts: list[Prompt], responses_BT: Tensor, mask_BT: Tensor, order: list[Tensor]) -> Scored:
         """Scores of all rows before the update, in its first epoch's micro-batches."""
@@ -75,10 +74,12 @@ class Updater:
         arguments = (trainer.model, trainer.interface, prompts, responses_BT, mask_BT)
 
         def attempt() -> Scored:
-            first, *rest = itertools.chain.from_iterable(self.micro_batches(order, prompts, mask_BT))
-            if trainer.accelerator.num_processes > 1:  # a wrapper may count on backward following forward
-                return Scored(rollouts.score(*arguments, [first, *rest]))
-            scores = rollouts.score(*arguments, rest)
+            minibatches = self.micro_batches(order, prompts, mask_BT)
+            micro = list(itertools.chain.from_iterable(minibatches))
+            if not minibatches[0]:  # of the first minibatch no row is here
+                return Scored(rollouts.score(*arguments, micro, between=trainer.steps.between))
+            first, *rest = micro
+            scores = rollouts.score(*arguments, rest, between=trainer.steps.between)
             live = rollouts.forward(*arguments, first, entropy_grad=self._entropy_grad)
             rollouts.put(scores, first, live, mask_BT)
             return Scored(scores, live)
@@ -94,7 +95,8 @@ class Updater:
         def attempt() -> Tensor:
             micro = list(itertools.chain.from_iterable(self.micro_batches(order, prompts, mask_BT)))
             interface = self.trainer.interface
-            return rollouts.score(model, interface, prompts, responses_BT, mask_BT, micro, values=False).logprobs_BT
+            arguments = (model, interface, prompts, responses_BT, mask_BT, micro)
+            return rollouts.score(*arguments, values=False, between=self.trainer.steps.between).logprobs_BT
 
         return self.halving(attempt)
 
@@ -122,7 +124,7 @@ class Updater:
         self, rollout: Rollout, experience: Experience, orders: Iterator[list[Tensor]], scored: Scored
     ) -> dict[str, float]:
         """`num_ppo_epochs` passes, an optimizer step a minibatch; stops early where the policy has moved past
-        `target_kl`.
+        `target_kl`. `rollout` is this process's, `experience` that of the global batch, whose rows `orders` name.
         """
         args = self.trainer.args
         stats: dict[str, list[float]] = defaultdict(list)
@@ -149,57 +151,69 @@ class Updater:
     ) -> float:
         """Gradients of one minibatch; what was computed beforehand serves the first attempt."""
 
-        def attempt() -> float:
-            (minibatch,) = self.micro_batches([rows], rollout.prompts, rollout.mask_BT)
-            return self._accumulate(rollout, experience, minibatch, stats, scored)
-
-        return self.halving(attempt)
+        return self.halving(lambda: self._accumulate(rollout, experience, rows, stats, scored))
 
     def _accumulate(
-        self, rollout: Rollout, experience: Experience, minibatch: list[Tensor], stats: dict[str, list[float]],
-        scored: Scored,
-    ) -> float:  # fmt: skip
+        self, rollout: Rollout, experience: Experience, rows: Tensor, stats: dict[str, list[float]], scored: Scored
+    ) -> float:
         """Gradients of one minibatch, micro-batch by micro-batch, equal to those of the minibatch in one piece."""
         trainer, args = self.trainer, self.trainer.args
-        tokens = sum(int(experience.mask_BT[index].sum()) for index in minibatch)
-        value_tokens = sum(int(experience.value_mask_BT[index].sum()) for index in minibatch)
+        tokens = max(1, int(experience.mask_BT[rows].sum()))
+        value_tokens = max(1, int(experience.value_mask_BT[rows].sum()))
+        mine = experience.part(trainer.ranks.rows, rollout.mask_BT.shape[1])
+        (minibatch,) = self.micro_batches([trainer.ranks.own(rows)], rollout.prompts, rollout.mask_BT)
+        counts = bool(minibatch)
+        minibatch = minibatch or [rows.new_zeros(1)]  # none of its rows is here: one that counts nothing goes along
         totals: dict[str, float] = defaultdict(float)
         for i, index in enumerate(minibatch):
-            last = i + 1 == len(minibatch)
-            with nullcontext() if last else trainer.accelerator.no_sync(trainer.model):
-                scores, scored.live = scored.live, None  # nobody else may hold a graph that does not fit
-                if scores is None:
-                    scores = rollouts.forward(
-                        trainer.model, trainer.interface, rollout.prompts, rollout.responses_BT, rollout.mask_BT, index,
-                        entropy_grad=self._entropy_grad,
-                    )  # fmt: skip
-                share = int(experience.mask_BT[index].sum()) / tokens
-                value_share = int(experience.value_mask_BT[index].sum()) / value_tokens
-                out = ppo_loss(
-                    scores, experience, index, args.cliprange, args.cliprange_value, args.vf_coef,
-                    setting(args, "entropy_coef"), share, value_share,
+            trainer.steps.between()
+            scores, scored.live = scored.live, None  # nobody else may hold a graph that does not fit
+            if scores is None:
+                scores = rollouts.forward(
+                    trainer.model, trainer.interface, rollout.prompts, rollout.responses_BT, rollout.mask_BT, index,
+                    entropy_grad=self._entropy_grad,
                 )  # fmt: skip
-                loss = out.loss
-                if last:  # once a minibatch: the penalty depends on weights, not on rows
-                    penalty = trainer.anchor.penalty()
-                    loss = loss + penalty.loss.to(loss.device)
-                    totals.update({name: float(value) for name, value in penalty.metrics.items()})
-                # accelerate divides by the accumulation steps; shares have done that already
-                trainer.accelerator.backward(loss * trainer.accelerator.gradient_accumulation_steps)
+            share = counts * int(mine.mask_BT[index].sum()) / tokens
+            value_share = counts * int(mine.value_mask_BT[index].sum()) / value_tokens
+            out = ppo_loss(
+                scores, mine, index, args.cliprange, args.cliprange_value, args.vf_coef,
+                setting(args, "entropy_coef"), share, value_share,
+            )  # fmt: skip
+            loss = out.loss
+            if i + 1 == len(minibatch):  # once a minibatch: the penalty depends on weights, not on rows
+                penalty = trainer.anchor.penalty()
+                loss = loss + penalty.loss.to(loss.device) / trainer.ranks.count
+                for name, value in penalty.metrics.items():
+                    totals[name] = float(value) / trainer.ranks.count
+            # accelerate divides by the accumulation steps; shares have done that already
+            trainer.accelerator.backward(loss * trainer.accelerator.gradient_accumulation_steps)
             add_up(totals, out.metrics, share, value_share)
             totals["loss/total"] += loss.item()
+        self._over_processes(totals)
         if not np.isfinite(totals["loss/total"]):
             raise FloatingPointError(
                 f"the loss is {totals['loss/total']} at step {trainer.state.global_step + 1}; no weight was changed"
             )
         for name, value in totals.items():
             stats[name].append(value)
-        approx_kl = torch.tensor(totals["policy/approx_kl"], device=trainer.accelerator.device)
-        return float(trainer.accelerator.reduce(approx_kl, "mean"))
+        return totals["policy/approx_kl"]
+
+    def _over_processes(self, totals: dict[str, float]) -> None:
+        """Each process's part of the metrics added up, or their largest."""
+        ranks = self.trainer.ranks
+        if ranks.count == 1:
+            return
+        for how, names in (
+            ("sum", sorted(name for name in totals if not name.endswith("_max"))),
+            ("max", sorted(name for name in totals if name.endswith("_max"))),
+        ):
+            values = ranks.total(torch.tensor([totals[name] for name in names], dtype=torch.float64), how)
+            totals.update(zip(names, values.tolist(), strict=True))
 
     def _step(self, stats: dict[str, list[float]]) -> None:
         trainer: Any = self.trainer
         parameters = [p for group in trainer.optimizer.param_groups for p in group["params"]]
+        trainer.ranks.sum_gradients(parameters)
         limit = trainer.args.max_grad_norm if setting(trainer.args, "clip_gradients") else float("inf")
         norm = float(trainer.accelerator.clip_grad_norm_(parameters, limit))
         if not np.isfinite(norm):

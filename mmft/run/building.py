@@ -1,0 +1,212 @@
+"""From a recipe to a trainer with its data, reward, guard and logs."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers.integrations import get_reporting_integration_callbacks
+
+from mmft.config import Recipe
+from mmft.data.sources import Source, open_cursor, open_source
+from mmft.models.policy import Policy
+from mmft.report.folder import RunFolder
+from mmft.report.progress import ProgressReporter
+from mmft.rewards.combine import RewardFunction, build_reward
+from mmft.run.captioning import PeriodicEvaluation
+from mmft.run.checkpointing import Checkpoints, save
+from mmft.run.device import device_of
+from mmft.run.guard import RewardGuard, choose_metric, kinds_of
+from mmft.run.processes import Processes
+from mmft.train.experience import Rollout
+from mmft.train.ppo import VisionPPOTrainer
+from mmft.train.ppo_config import VisionPPOConfig
+from mmft.types import Row, UserError
+
+FIT_ROWS = 4000  # training rows whose references a reward's statistics come from
+_LOGS_KEPT = 100  # of a trainer's log history; metrics.jsonl has all
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a recipe needs before a model loads."""
+
+    recipe: Recipe
+    train: Source
+    heldout: Source
+    reward: RewardFunction
+    processes: Processes
+
+
+def prepare(recipe: Recipe) -> Job:
+    """Data and reward, checked against each other. Raises UserError before a model is touched."""
+    _refuse_what_is_not_there(recipe)
+    processes = Processes(cpu=device_of(recipe) == "cpu")
+    source = open_source(recipe.data, "train")
+    heldout = open_source(recipe.data, recipe.eval.split, recipe.eval.samples)
+    reward = build_reward(recipe.reward, device_of(recipe))
+    reward.check(itertools.chain(source.rows_without_pictures(FIT_ROWS), heldout.rows_without_pictures(FIT_ROWS)))
+    reward.fit(source.rows_without_pictures(FIT_ROWS))
+    return Job(recipe, source, heldout, reward, processes)
+
+
+def _refuse_what_is_not_there(recipe: Recipe) -> None:
+    """Keys of the contract that this version accepts in one value only: silence would be a lie."""
+    if recipe.model.lora is not None and recipe.model.lora.dropout:
+        raise UserError("model.lora.dropout: PPO compares log-probabilities of two passes, so it must be 0")
+    if recipe.hub.repo:
+        raise UserError("hub.repo: pushing is not available yet; the adapter folder can be uploaded by hand")
+    try:
+        for tracker in get_reporting_integration_callbacks(list(recipe.logging.report_to)):
+            tracker()
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise UserError(f"logging.report_to: {str(error).splitlines()[0]}") from error
+
+
+def build_trainer(job: Job, policy: Policy, run: RunFolder) -> VisionPPOTrainer:
+    """The trainer of a recipe, logging to its run folder."""
+    recipe = job.recipe
+    trainer = VisionPPOTrainer(
+        args=trainer_arguments(recipe, run, job.processes.count),
+        processing_class=policy.processor,
+        model=policy.model,
+        reward_model=job.reward,
+        train_dataset=open_cursor(job.train, recipe.train.seed),
+        callbacks=[RunLog(run), ProgressReporter()],
+    )
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    every = recipe.logging.samples_every
+    guard = build_guard(job, policy, trainer, run)
+
+    def write_samples(step: int, rollout: Rollout) -> None:
+        if guard is not None:
+            rollout.watched.update(guard.watch(rollout))
+        wanted = trainer.ranks.is_main and every and (step % every == 0 or step == 1)
+        if wanted and rollout.reward is not None:
+            run.write_samples(step, rollout.captions, rollout.rows, rollout.reward, rollout.finished_B.tolist())
+
+    def save_models(folder: Path) -> None:
+        save(folder, policy, trainer, job.reward, job.heldout[0])
+
+    job.reward.gather = trainer.ranks.gather_list
+    trainer.on_rollout = write_samples
+    if recipe.eval.every:
+        evaluation = PeriodicEvaluation(
+            run, policy, eval_rows(job), recipe, job.reward, trainer.interface, trainer.ranks
+        )
+        trainer.add_callback(evaluation)
+    if guard is not None:
+        trainer.add_callback(guard)
+    trainer.add_callback(Checkpoints(run, trainer, recipe.train.save_every, recipe.train.keep, guard, save_models))
+    return trainer
+
+
+def guard_metric(job: Job) -> str | None:
+    """The metric that `reward.tripwire` watches; None where it is off or nothing can be measured. Raises UserError."""
+    config = job.recipe.reward.tripwire
+    if config.action == "off":
+        return None
+    rows = list(job.heldout.rows_without_pictures(FIT_ROWS))
+    row = next((row for row in rows if row.references or row.scene is not None), rows[0])
+    return choose_metric(config.metric, row, kinds_of(job.reward))
+
+
+def build_guard(job: Job, policy: Policy, trainer: VisionPPOTrainer, run: RunFolder) -> RewardGuard | None:
+    """The watch over a metric that is not in the reward; None where it is off or nothing can be measured."""
+    config = job.recipe.reward.tripwire
+    metric = guard_metric(job)
+    if metric is None:
+        if config.action != "off":
+            console = Console(stderr=True)
+            console.print("no tripwire: pictures have neither references nor a scene graph", highlight=False)
+        return None
+
+    def save_best(folder: Path) -> None:
+        save(folder, policy, trainer, job.reward, job.heldout[0])
+
+    return RewardGuard(metric, config, run, trainer, save_best)
+
+
+def trainer_arguments(recipe: Recipe, run: RunFolder, processes: int = 1) -> VisionPPOConfig:
+    """A recipe's numbers under TRL's names, which are those of one process. Raises UserError where the batch cannot be
+    shared.
+    """
+    t, a, g = recipe.train, recipe.algorithm, recipe.generation
+    batch = t.batch // processes
+    minibatch = batch // t.minibatches
+    micro = min(t.micro_batch or minibatch, minibatch)
+    parts = processes * t.minibatches * max(1, micro)
+    if not minibatch or t.batch % parts or batch % t.samples_per_prompt:
+        raise UserError(
+            f"train.batch: {t.batch} captions cannot be shared by {processes} processes with {t.minibatches} "
+            f"minibatches, micro-batches of {micro} and {t.samples_per_prompt} captions a picture"
+        )
+    return VisionPPOConfig(
+        output_dir=str(run / "checkpoints"),
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=batch // micro,
+        num_mini_batches=t.minibatches,
+        num_ppo_epochs=t.epochs,
+        total_episodes=t.steps * t.batch,
+        learning_rate=t.lr,
+        value_learning_rate=t.value_lr,
+        schedule=t.schedule,
+        warmup=t.warmup,
+        seed=t.seed,
+        samples_per_prompt=t.samples_per_prompt,
+        critic=a.critic,
+        encode_once=recipe.model.encode_once,
+        feature_cache_gb=recipe.model.feature_cache_gb,
+        share_prompts=t.share_prompts,
+        local_rollout_forward_batch_size=batch,
+        workers=t.workers,
+        response_length=g.max_new_tokens,
+        min_new_tokens=g.min_new_tokens,
+        temperature=g.temperature,
+        top_k=g.top_k,
+        top_p=g.top_p,
+        gamma=a.gamma,
+        lam=a.lam,
+        cliprange=a.clip_range,
+        cliprange_value=a.value_clip_range,
+        vf_coef=a.value_coef,
+        entropy_coef=a.entropy_coef,
+        whiten_rewards=a.whiten_rewards,
+        whiten_advantages=a.whiten_advantages,
+        missing_eos_penalty=a.missing_eos_penalty,
+        target_kl=a.target_kl,
+        max_grad_norm=a.max_grad_norm,
+        kl_coef=recipe.kl.coef,
+        kl_estimator=recipe.kl.estimator,
+        kl_target=recipe.kl.target,
+        kl_horizon=recipe.kl.horizon,
+        l2=recipe.anchor.l2,
+        adapter_penalty=recipe.adapter_penalty,
+        weight_decay=0.0,
+        report_to=list(recipe.logging.report_to),
+        save_strategy="no",
+        logging_steps=1,
+        disable_tqdm=True,
+        use_cpu=device_of(recipe) == "cpu",
+    )
+
+
+class RunLog(TrainerCallback):
+    """A line of metrics.jsonl a step."""
+
+    def __init__(self, run: RunFolder):
+        self.run = run
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if state.is_world_process_zero and logs:
+            self.run.log(state.global_step, {k: v for k, v in logs.items() if k not in ("epoch", "step")})
+        del state.log_history[:-_LOGS_KEPT]  # or memory would grow with every step
+
+
+def eval_rows(job: Job) -> list[Row]:
+    return [job.heldout[i] for i in range(min(len(job.heldout), job.recipe.eval.samples))]
