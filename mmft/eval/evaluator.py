@@ -58,7 +58,7 @@ def evaluate_captions(
     scores: dict[str, list[float]] = {}
     if reward is not None:
         output = reward(captions, rows, finished=ended, update=False)
-        scores["reward"] = list(output.total)
+        scores["reward"] = [math.nan if i in output.dropped else value for i, value in enumerate(output.total)]
         scores.update({f"term_{name}": list(values) for name, values in output.raw.items()})
     scores.update(_against_references(captions, rows))
     scores["length"] = [float(len(tokenise(caption))) for caption in captions]

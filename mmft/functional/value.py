@@ -9,7 +9,6 @@ from mmft.functional.masked import masked_mean, masked_var
 from mmft.types import LossOutput
 
 CLIP_FRACTION = "value/clip_fraction"
-EXPLAINED_VARIANCE = "value/explained_variance"
 
 
 def clipped_value_loss(
@@ -31,8 +30,7 @@ def clipped_value_loss(
         clip_range: c, or None for the plain squared error.
 
     Returns:
-        The loss with `value/clip_fraction` (positions whose clipped error is the larger) and
-        `value/explained_variance`, 1 - Var(G - V) / Var(G), 0 where the returns do not vary.
+        The loss with `value/clip_fraction` (positions whose clipped error is the larger).
 
     Source: Schulman et al. 2017 (PPO); the clipping is that of OpenAI baselines, see Engstrom et al. 2020,
     "Implementation Matters in Deep Policy Gradients", section 3.
@@ -47,13 +45,14 @@ def clipped_value_loss(
     with torch.no_grad():
         metrics = {
             CLIP_FRACTION: masked_mean((clipped_squared_BT > squared_BT).float(), mask_BT),
-            EXPLAINED_VARIANCE: explained_variance(value_BT, return_BT, mask_BT),
         }
     return LossOutput(loss, metrics)
 
 
 def explained_variance(value_BT: Tensor, return_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """1 - Var(G - V) / Var(G) over kept positions: 1 is a perfect critic, 0 no better than a constant."""
+    """1 - Var(G - V) / Var(G) over kept positions: 1 is a perfect critic, 0 no better than a constant, and 0 where the
+    returns do not vary.
+    """
     total = masked_var(return_BT, mask_BT, unbiased=False)
     residual = masked_var(return_BT - value_BT, mask_BT, unbiased=False)
     # Returns that are constant have a variance of rounding noise, not 0.

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from mmft.functional.normalize import RunningStats, minmax, zscore
 from mmft.rewards.parallel import ParallelTerm
@@ -18,6 +19,8 @@ from mmft.types import RewardOutput, Row, UserError
 if TYPE_CHECKING:
     from mmft.config import RewardConfig
 
+logger = logging.getLogger(__name__)
+Gather = Callable[[list[float]], list[float]]
 NORMALIZERS = ("none", "minmax", "zscore")
 _CAPTION_TERMS = ("bleu", "detail", "length")
 _SHAPING = "(shaping)"  # in a state dict; no term can be called so
@@ -82,20 +85,52 @@ class WeightedTerm:
     def signed_weight(self) -> float:
         return self.term.sign * self.weight
 
-    def measure(self, captions: list[str], rows: list[Row], finished: Sequence[bool] | None) -> list[float]:
-        """The raw values. Raises UserError naming the term and the sample when one is not finite."""
-        values = self.term(captions, rows, finished)
-        for value, row, caption in zip(values, rows, captions, strict=True):
-            if not math.isfinite(value):
-                raise UserError(f"reward term {self.name!r} gave {value} for sample {row.id!r}, caption {caption!r}")
-        return values
+    def measure(
+        self, captions: list[str], rows: list[Row], finished: Sequence[bool] | None, drop: bool = False
+    ) -> tuple[list[float], dict[int, str]]:
+        """The raw values; and of the samples on which the term fails, which have NaN, why.
 
-    def normalized(self, values: list[float], update: bool) -> list[float]:
+        Raises UserError naming the term and the first such sample unless they are to be dropped.
+        """
+        cause: Exception | None = None
+        try:
+            values = [float(value) for value in self.term(captions, rows, finished)]
+            if len(values) != len(captions):
+                raise UserError(f"reward term {self.name!r} gave {len(values)} values for {len(captions)} captions")
+            failed: dict[int, str] = {}
+        except UserError:
+            raise
+        except Exception as error:
+            cause = error
+            values, failed = self._one_by_one(captions, rows, finished, error)
+        failed |= {i: f"gave {value}" for i, value in enumerate(values) if i not in failed and not math.isfinite(value)}
+        if failed and not drop:
+            i = min(failed)
+            raise UserError(self.complaint(failed[i], rows[i], captions[i])) from cause
+        return [math.nan if i in failed else value for i, value in enumerate(values)], failed
+
+    def complaint(self, reason: str, row: Row, caption: str) -> str:
+        return f"reward term {self.name!r} {reason} for sample {row.id!r}, caption {caption[:200]!r}"
+
+    def _one_by_one(
+        self, captions: list[str], rows: list[Row], finished: Sequence[bool] | None, error: Exception
+    ) -> tuple[list[float], dict[int, str]]:
+        """Which samples of a batch a term fails on. A failure of the batch alone is a failure of all."""
+        values, failed = [], {}
+        for i, (caption, row) in enumerate(zip(captions, rows, strict=True)):
+            try:
+                values.append(float(self.term([caption], [row], None if finished is None else [finished[i]])[0]))
+            except Exception as own:
+                values.append(math.nan)
+                failed[i] = f"failed ({_line_of(own)})"
+        return values, failed or dict.fromkeys(range(len(rows)), f"failed on a batch ({_line_of(error)})")
+
+    def normalized(self, values: list[float], update: bool, gather: Gather) -> list[float]:
         """E06 or E07 with the running statistics; with none yet, and none to be taken, the values as they are."""
         if self.normalize == "none":
             return list(values)
-        if update:
-            self.stats.update(values)
+        if update and (known := [value for value in gather(values) if not math.isnan(value)]):
+            self.stats.update(known)
         if not self.stats.count:
             return list(values)
         if self.normalize == "minmax":
@@ -117,10 +152,24 @@ class RewardFunction:
     Normalisers learn from calls with update=True (training) and are frozen with update=False (evaluation). `state_dict`
     holds all that was learned, JSON-ready. No term sees the oracle: rows pass through `Row.for_reward`. `shaping` is
     not part of R: a trainer asks for `potentials` and adds them to the rewards of single tokens.
+
+    on_error: what happens where a term fails on a sample, or gives no finite number: "raise" stops, "drop" leaves the
+    sample without a reward and tells `on_drop`. gather: makes of one process's values those of all, for normalisers
+    that are the same in each.
     """
 
-    def __init__(self, terms: Sequence[WeightedTerm], shaping: Shaping | None = None):
+    def __init__(
+        self,
+        terms: Sequence[WeightedTerm],
+        shaping: Shaping | None = None,
+        on_error: Literal["raise", "drop"] = "raise",
+    ):
         self.shaping = shaping
+        self.on_error = on_error
+        self.on_drop: Callable[[str, Row, str], None] = lambda reason, row, caption: logger.warning(
+            "dropped: %s", reason
+        )
+        self.gather: Gather = list
         names = [term.name for term in terms]
         if not names:
             raise UserError("the reward has no terms")
@@ -169,14 +218,29 @@ class RewardFunction:
         texts, visible = list(captions), [row.for_reward() for row in rows]
         output = RewardOutput(total=[])
         # All terms are measured before any statistic moves: a term that fails leaves the state as it was.
+        failed: dict[int, str] = {}
         for name, entry in self.terms.items():
-            output.raw[name] = entry.measure(texts, visible, finished)
+            output.raw[name], why = entry.measure(texts, visible, finished, self.on_error == "drop")
+            failed |= {i: entry.complaint(reason, rows[i], texts[i]) for i, reason in why.items() if i not in failed}
+        if failed:
+            self._drop(failed, rows, texts)
+            output.raw.update(
+                {n: [math.nan if i in failed else v for i, v in enumerate(output.raw[n])] for n in self.terms}
+            )
         for name, entry in self.terms.items():
-            output.normalized[name] = entry.normalized(output.raw[name], update)
+            output.normalized[name] = entry.normalized(output.raw[name], update, self.gather)
             weight = 0.0 if entry.training_only and not update else entry.signed_weight
             output.weighted[name] = [weight * value for value in output.normalized[name]]
         counted = {n: v for n, v in output.normalized.items() if update or not self.terms[n].training_only}
-        return dataclasses.replace(output, total=self._total(counted, len(texts)))
+        total = [0.0 if i in failed else value for i, value in enumerate(self._total(counted, len(texts)))]
+        return dataclasses.replace(output, total=total, dropped=tuple(sorted(failed)))
+
+    def _drop(self, failed: Mapping[int, str], rows: Sequence[Row], captions: Sequence[str]) -> None:
+        """Tells of each sample that is left out. Raises UserError where none is left."""
+        if len(failed) == len(rows):
+            raise UserError(f"no caption of the batch has a reward: {next(iter(failed.values()))}")
+        for i, reason in failed.items():
+            self.on_drop(reason, rows[i], captions[i])
 
     def _total(self, values: Mapping[str, list[float]], count: int) -> list[float]:
         """E34 for the caption terms, E28 for it together with the others."""
@@ -254,7 +318,11 @@ def build_reward(config: RewardConfig, device: str = "cpu") -> RewardFunction:
         potential = config.shaping.potential
         options = potential.model_dump(exclude={"type", "name", "weight", "normalize"})
         shaping = Shaping(config.shaping.beta, build_term(potential.type, **options))
-    return RewardFunction(list(terms.values()), shaping)
+    return RewardFunction(list(terms.values()), shaping, config.on_error)
+
+
+def _line_of(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def _learned_terms(config: RewardConfig, device: str) -> list[WeightedTerm]:

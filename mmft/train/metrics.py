@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mmft.functional.masked import masked_mean
 from mmft.functional.returns import discounted_return
+from mmft.functional.value import explained_variance
 from mmft.train.experience import Experience, Rollout, penalised_scores
 
 # What the update measures, under the names of TRL's PPO where TRL has one.
@@ -46,6 +47,9 @@ def rollout_metrics(
         "objective/return": returns_B[kept_B].mean(),
         "value/mean": masked_mean(rollout.value_BT[kept_B], mask_BT),
         "value/td_loss": experience.td_loss,
+        "value/explained_variance": explained_variance(
+            experience.value_BT, experience.return_BT, experience.value_mask_BT
+        ),
         "response/tokens": mask_BT.sum(1).float().mean(),
         "response/finished": rollout.finished_B[kept_B].float().mean(),
     }

@@ -107,8 +107,9 @@ class VisionPPOTrainer(PPOTrainer):
             ready = hasattr(train_dataset, "draw")
             cursor = train_dataset if ready else Shuffled(train_dataset, args.seed)
             train_dataset = _NoRows() if ready else train_dataset
-        # TRL's own handling would ask a processor for a tokenizer's eos_token_id.
+        # TRL would ask a processor for a tokenizer's eos_token_id, and whiten within one process's minibatch.
         stop_token, args.stop_token = args.stop_token, None
+        whiten, args.whiten_rewards = args.whiten_rewards, False
         super().__init__(
             args,
             self.builder.tokenizer if data_collator is None else processing_class,
@@ -120,7 +121,7 @@ class VisionPPOTrainer(PPOTrainer):
             data_collator=data_collator,
             **kwargs,
         )
-        args.stop_token = stop_token
+        args.stop_token, args.whiten_rewards = stop_token, whiten
         self.ranks = Ranks(self.accelerator, args.local_batch_size)
         self.steps = WholeSteps(self)
         self._take_model_back()

@@ -1,0 +1,59 @@
+"""Several processes give one process's numbers for the same global batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ranks import launch
+
+COMMON = {
+    "total_episodes": 24, "num_mini_batches": 2, "num_ppo_epochs": 2, "kl_coef": 0.1, "kl_target": 0.5,
+    "whiten_rewards": True, "l2": 1e-2, "adapter_penalty": 1e-3, "missing_eos_penalty": 0.5, "entropy_coef": 0.01,
+    "samples_per_prompt": 2, "response_length": 6, "learning_rate": 3e-3,
+}  # fmt: skip
+
+
+def close(one: dict[str, Any], other: dict[str, Any]) -> None:
+    assert one["drawn"] == other["drawn"]
+    assert len(one["logs"]) == len(other["logs"]) == 3
+    for ours, theirs in zip(one["logs"], other["logs"], strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-5, rel=1e-5)
+    assert one["weights"].keys() == other["weights"].keys()
+    for name, weight in one["weights"].items():
+        assert weight == pytest.approx(other["weights"][name], abs=1e-5), name
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """One process with a batch of 8."""
+    out = tmp_path_factory.mktemp("alone") / "run.json"
+    return launch(1, out, COMMON | {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1})
+
+
+def test_one_process_that_accumulates(alone: dict[str, Any], tmp_path: Path) -> None:
+    """A micro-batch of 2 in minibatches of 4: the sums are the same, in another order."""
+    halves = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    close(alone, launch(1, tmp_path / "run.json", COMMON | halves))
+
+
+def test_two_processes(alone: dict[str, Any], tmp_path: Path) -> None:
+    quarter = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
+    both = launch(2, tmp_path / "run.json", COMMON | quarter)
+    assert both["processes"] == 2 and both["same_everywhere"]
+    close(alone, both)
+
+
+def test_ranks_without_a_picture_do_not_hang(tmp_path: Path) -> None:
+    """The tower trains, and no row of one process has a picture: it has no gradient there."""
+    settings = COMMON | {
+        "without_picture": list(range(24)), "train_tower": True, "num_mini_batches": 1, "samples_per_prompt": 4,
+        "adapter_penalty": 0.0, "l2": 0.0,
+    }  # fmt: skip
+    del settings["without_picture"][3]
+    sizes = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
+    both = launch(2, tmp_path / "two.json", settings | sizes)
+    assert both["same_everywhere"]
+    sizes = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
+    close(launch(1, tmp_path / "one.json", settings | sizes), both)
