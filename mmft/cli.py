@@ -86,6 +86,11 @@ def train(
     loaded = load_recipe(recipe, overrides or [])  # before the heavy imports: a typo is answered at once
     if force and resume is None:
         raise UserError("--force: goes with --resume")
+    if loaded.accelerate and not _is_launched():
+        from mmft.run.launching import launch
+
+        options = [*([f"--resume={resume}"] if resume is not None else []), *(["--force"] if force else [])]
+        raise typer.Exit(launch(loaded.accelerate, ["train", recipe, *(overrides or []), *options]))
     from mmft import run
 
     run.train(loaded, resume, force)
@@ -335,8 +340,24 @@ def _with_resume(arguments: list[str]) -> list[str]:
 
 
 def _fail(message: str) -> int:
-    typer.echo(f"error: {' '.join(message.split())}", err=True)
+    line = f"error: {' '.join(message.split())}"
+    if not _left_to_launcher(line):
+        typer.echo(line, err=True)
     return EXIT_USER_ERROR
+
+
+def _is_launched() -> bool:
+    """Whether a launcher started this process, as one of several."""
+    return "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+
+
+def _left_to_launcher(line: str) -> bool:
+    """Whether a launcher of ours waits for errors, to print once what N processes say."""
+    if not _is_launched():
+        return False
+    from mmft.run.launching import leave_error
+
+    return leave_error(line)
 
 
 def _quiet_libraries() -> None:

@@ -50,18 +50,19 @@ class Checkpoints(TrainerCallback):
         """A checkpoint of now, if there is none yet. All processes take part, the first writes."""
         step = self.trainer.state.global_step
         folder = self.run / CHECKPOINTS / f"step-{step}"
-        if folder in steps_of(folder.parent).values():
+        ranks = self.trainer.ranks
+        if ranks.any(ranks.is_main and folder in steps_of(folder.parent).values()):  # as the first process sees it
             return folder
-        positions = self.run.positions() if self.trainer.ranks.is_main else {}
+        positions = self.run.positions() if ranks.is_main else {}
 
         def fill(aside: Path) -> None:
             save_state(self.trainer, aside, {"positions": positions})
-            if self.trainer.ranks.is_main:
+            if ranks.is_main:
                 self.save_models(aside)
                 if self.guard is not None:
                     self.guard.save_state(aside)
 
-        if self.trainer.ranks.is_main:
+        if ranks.is_main:
             write_checkpoint(folder, fill)
             thin_out(folder.parent, self.keep)
         else:

@@ -105,6 +105,7 @@ def _train_in(run: RunFolder, resumed: Resumed, job: Job, console: Console) -> P
         _report_bad_rows(run, console)
         console.print(f"adapter: {run / 'adapter'}\nreport:  {write_report(run.path)}", highlight=False)
     job.processes.wait()
+    trainer.accelerator.end_training()
     return run.path
 
 
