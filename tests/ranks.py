@@ -17,7 +17,9 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 
 
-def launch(processes: int, out: Path, settings: dict[str, Any], timeout: float = 150) -> dict[str, Any]:
+def launch(
+    processes: int, out: Path, settings: dict[str, Any], timeout: float = 150, **environment: str
+) -> dict[str, Any]:
     """Trains with `settings` of `tiny.trainer` in so many processes: {"logs": [...], "weights": {...}}."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -25,7 +27,7 @@ def launch(processes: int, out: Path, settings: dict[str, Any], timeout: float =
     common = os.environ | {
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes),
         "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}",
-    }  # fmt: skip
+    } | environment  # fmt: skip
     command = [sys.executable, str(HERE / "ranks.py"), str(out), json.dumps(settings)]
     children = [
         subprocess.Popen(
@@ -47,6 +49,7 @@ def main(out: Path, settings: dict[str, Any]) -> None:
     import tiny
     import torch
 
+    from mmft.train.sharding import full
     from mmft.types import RewardOutput
 
     torch.set_num_threads(1)
@@ -56,6 +59,7 @@ def main(out: Path, settings: dict[str, Any]) -> None:
     policy = tiny.vision_policy(eos_bias=settings.pop("eos_bias", 4.0))
     if settings.pop("train_tower", False):
         policy = type(policy)(tiny.with_lora(tiny.llava(0, 4.0), "all-linear"), tiny.processor())
+    tiny.stirred(policy.model, 0.05)  # a fresh adapter's B is 0, and the gradient of A with it
     trainer = tiny.trainer(policy, out.parent / "trainer", rows, **settings)
 
     def reward(captions: list[str], rows: list[Any], finished: list[bool]) -> RewardOutput:
@@ -70,10 +74,11 @@ def main(out: Path, settings: dict[str, Any]) -> None:
     trainer.train()
     logs = [{k: v for k, v in log.items() if not k.startswith("time/")} for log in tiny.logs_of(trainer)]
     module = trainer.accelerator.unwrap_model(trainer.model)
-    weights = {n: p.detach().double().flatten().tolist() for n, p in module.named_parameters() if p.requires_grad}
+    weights = {n: full(p.detach()).double().flatten().tolist() for n, p in module.named_parameters() if p.requires_grad}
     digests = trainer.ranks.gather_list([hashlib.sha256(json.dumps(weights).encode()).hexdigest()])
     if trainer.ranks.is_main:
         record = {"logs": logs, "weights": weights, "drawn": drawn, "processes": trainer.ranks.count}
+        record["sharded"] = bool(trainer.sharding)
         out.write_text(json.dumps(record | {"same_everywhere": len(set(digests)) == 1}))
     trainer.accelerator.end_training()
 

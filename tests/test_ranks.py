@@ -57,3 +57,17 @@ def test_ranks_without_a_picture_do_not_hang(tmp_path: Path) -> None:
     assert both["same_everywhere"]
     sizes = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
     close(launch(1, tmp_path / "one.json", settings | sizes), both)
+
+
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+}  # fmt: skip
+
+
+def test_weights_in_parts(alone: dict[str, Any], tmp_path: Path) -> None:
+    """FSDP2 in two processes."""
+    quarter = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
+    both = launch(2, tmp_path / "run.json", COMMON | quarter, **FSDP2)
+    assert both["sharded"] and both["processes"] == 2
+    close(alone, both)

@@ -20,6 +20,7 @@ from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from peft.utils.integrations import dequantize_module_weight
 from peft.utils.other import transpose
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from mmft.functional.regularize import adapter_penalty, dora_l2, l2_to_reference, lora_l2, squared_norm, total
 from mmft.types import LossOutput
@@ -124,7 +125,7 @@ class Anchor:
         """Squared distances of modules that PEFT trains as copies beside the original (`modules_to_save`)."""
         for wrapper, adapter in self._saved:
             trained, original = wrapper.modules_to_save[adapter], wrapper.original_module
-            yield l2_to_reference(trained.parameters(), original.parameters())
+            yield l2_to_reference(map(_whole, trained.parameters()), map(_whole, original.parameters()))
 
     def _copied_squares(self) -> Iterator[Tensor]:
         for i, (module, name, reference) in enumerate(self._copied):
@@ -132,13 +133,13 @@ class Anchor:
             if reference.device != parameter.device:
                 reference = reference.to(parameter.device)
                 self._copied[i] = (module, name, reference)
-            yield l2_to_reference([parameter], [reference])
+            yield l2_to_reference([_whole(parameter)], [_whole(reference)])
 
 
 def _dora_square(layer: Any, adapter: str) -> Tensor:
-    weight = transpose(dequantize_module_weight(layer.get_base_layer()), layer.fan_in_fan_out)
+    weight = transpose(_whole(dequantize_module_weight(layer.get_base_layer())), layer.fan_in_fan_out)
     A, B = _factors(layer, adapter)
-    return dora_l2(weight, A, B, layer.lora_magnitude_vector[adapter].weight, layer.scaling[adapter])
+    return dora_l2(weight, A, B, _whole(layer.lora_magnitude_vector[adapter].weight), layer.scaling[adapter])
 
 
 def _has_magnitudes(layer: Any, adapter: str) -> bool:
@@ -216,14 +217,21 @@ def _joint_factors(layer: Any, adapters: list[str]) -> tuple[Tensor, Tensor, flo
 
 def _factors(layer: Any, adapter: str) -> tuple[Tensor, Tensor]:
     if adapter in layer.lora_embedding_A:
-        return layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
-    return layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+        return _whole(layer.lora_embedding_A[adapter]), _whole(layer.lora_embedding_B[adapter])
+    return _whole(layer.lora_A[adapter].weight), _whole(layer.lora_B[adapter].weight)
+
+
+def _whole(weight: Tensor) -> Tensor:
+    """A weight that processes hold in parts, whole. Sums of parts give right numbers and gradients cut otherwise than
+    the weight, which FSDP then cannot add its own to.
+    """
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
 def _scaled_biases(layer: Any, adapters: list[str]) -> list[Tensor]:
     """What `lora_bias` adds to the layer's bias, of each adapter that has it."""
     return [
-        layer.scaling[adapter] * layer.lora_B[adapter].bias
+        layer.scaling[adapter] * _whole(layer.lora_B[adapter].bias)
         for adapter in adapters
         if adapter in layer.lora_B and layer.lora_B[adapter].bias is not None
     ]
@@ -233,4 +241,4 @@ def _factors_and_biases(layer: Any, adapters: list[str]) -> Iterator[Tensor]:
     for adapter in adapters:
         yield from _factors(layer, adapter)
         if adapter in layer.lora_B and layer.lora_B[adapter].bias is not None:
-            yield layer.lora_B[adapter].bias
+            yield _whole(layer.lora_B[adapter].bias)

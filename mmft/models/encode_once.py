@@ -12,8 +12,8 @@ from __future__ import annotations
 import inspect
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -64,6 +64,7 @@ class FeatureStore:
         self.tower = vision_tower(model)
         self.ways: list[Way] = [way] if way else self._possible_ways()
         self.hits = self.misses = 0
+        self.around: Callable[[], AbstractContextManager[Any]] = nullcontext  # in which the tower's weights are whole
         self._seconds = 0.0
         self._known: OrderedDict[bytes, Any] = OrderedDict()
         self._bytes = 0
@@ -148,10 +149,11 @@ class FeatureStore:
         began = time.perf_counter()
         encoded: list[Any] = []
         steady = self.steady and next(self.model.parameters()).device.type == "cpu"
-        for batch in _equal_batches(prompts, _STEADY_BATCH if steady else _BATCH):
-            filled = batch + [batch[-1]] * (_most(batch[0], _STEADY_BATCH) - len(batch) if steady else 0)
-            parts = split_output(self._run(filled), len(filled)) if len(filled) > 1 else None
-            encoded += parts[: len(batch)] if parts else [self._run([prompt]) for prompt in batch]
+        with self.around() if prompts else nullcontext():
+            for batch in _equal_batches(prompts, _STEADY_BATCH if steady else _BATCH):
+                filled = batch + [batch[-1]] * (_most(batch[0], _STEADY_BATCH) - len(batch) if steady else 0)
+                parts = split_output(self._run(filled), len(filled)) if len(filled) > 1 else None
+                encoded += parts[: len(batch)] if parts else [self._run([prompt]) for prompt in batch]
         self._seconds += time.perf_counter() - began
         return encoded
 

@@ -89,6 +89,12 @@ class PolicyWithCritic(nn.Module):
         # How the model's logits follow from its head's: found in the first pass; False where they do otherwise.
         self._transform: LogitTransform | bool | None = None
 
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """Names of the layers that are sharded apart, where accelerate looks for them."""
+        present = {type(module).__name__ for module in self.policy.modules()}
+        return sorted(present.intersection(bare(self.policy)._no_split_modules or ()))
+
     def forward(
         self,
         packed: Packed,

@@ -20,7 +20,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
-from torch import nn
+from torch import Tensor, nn
 
 from mmft.config import LoraConfig
 from mmft.models.lora import measure_magnitudes, peft_config, trainability_kept
@@ -121,12 +121,15 @@ def _checkpoint(checkpoint: Any, layer: nn.Module, name: str, function: Any, *ar
     return checkpoint(switched, *args, **kwargs)
 
 
-def save_value_adapter(model: nn.Module, folder: Path) -> Path:
-    """The critic's adapter in PEFT's format, in a folder of its own: the old one or the whole new one."""
+def save_value_adapter(model: nn.Module, folder: Path, weights: dict[str, Tensor] | None = None) -> Path:
+    """The critic's adapter in PEFT's format, in a folder of its own: the old one or the whole new one. weights: whole
+    tensors by name, of a model whose own are in parts.
+    """
     aside = folder.with_name(folder.name + ".tmp")
     try:
         shutil.rmtree(aside, ignore_errors=True)
-        _peft_model(model).save_pretrained(str(aside), selected_adapters=[CRITIC])
+        whole = {} if weights is None else {"state_dict": dict(weights)}
+        _peft_model(model).save_pretrained(str(aside), selected_adapters=[CRITIC], **whole)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(aside / CRITIC, folder)  # PEFT puts any adapter but `default` one folder down
     except OSError as error:

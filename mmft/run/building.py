@@ -96,10 +96,7 @@ def build_trainer(job: Job, policy: Policy, run: RunFolder) -> VisionPPOTrainer:
     job.reward.gather = trainer.ranks.gather_list
     trainer.on_rollout = write_samples
     if recipe.eval.every:
-        evaluation = PeriodicEvaluation(
-            run, policy, eval_rows(job), recipe, job.reward, trainer.interface, trainer.ranks
-        )
-        trainer.add_callback(evaluation)
+        trainer.add_callback(PeriodicEvaluation(run, policy, eval_rows(job), recipe, trainer))
     if guard is not None:
         trainer.add_callback(guard)
     trainer.add_callback(Checkpoints(run, trainer, recipe.train.save_every, recipe.train.keep, guard, save_models))

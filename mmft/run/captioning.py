@@ -11,48 +11,38 @@ from transformers import TrainerCallback
 from mmft.config import Recipe
 from mmft.eval.evaluator import evaluate_captions
 from mmft.models.generation import caption
-from mmft.models.interface import Interface
 from mmft.models.policy import Policy
 from mmft.report.folder import RunFolder
-from mmft.rewards.combine import RewardFunction
-from mmft.train.ranks import Ranks
+from mmft.train.ppo import VisionPPOTrainer
 from mmft.types import Row
 
 
 def caption_rows(
-    policy: Policy,
-    rows: Sequence[Row],
-    recipe: Recipe,
-    interface: Interface | None = None,
-    ranks: Ranks | None = None,
+    policy: Policy, rows: Sequence[Row], recipe: Recipe, trainer: VisionPPOTrainer | None = None
 ) -> tuple[list[str], list[bool]]:
-    """Greedy captions of rows, and which ended by themselves; several processes share the work, and all know all."""
-    count, index = (1, 0) if ranks is None else (ranks.count, ranks.index)
-    mine = rows[len(rows) * index // count : len(rows) * (index + 1) // count]
-    captions, ended = caption(policy, mine, recipe.generation.max_new_tokens, recipe.eval.batch, interface)
-    return (captions, ended) if ranks is None else (ranks.gather_list(captions), ranks.gather_list(ended))
+    """Greedy captions of rows, and which ended by themselves. With a trainer, in its way of feeding the model, and its
+    processes share the work: all take part, and all know all.
+    """
+    limit, batch = recipe.generation.max_new_tokens, recipe.eval.batch
+    if trainer is None:
+        return caption(policy, rows, limit, batch)
+    ranks = trainer.ranks
+    mine = rows[len(rows) * ranks.index // ranks.count : len(rows) * (ranks.index + 1) // ranks.count]
+    with trainer.sharding.whole():
+        captions, ended = caption(policy, mine, limit, batch, trainer.interface)
+    return ranks.gather_list(captions), ranks.gather_list(ended)
 
 
 class PeriodicEvaluation(TrainerCallback):
     """Every `eval.every` steps: the means of the held-out metrics, as eval/* in metrics.jsonl."""
 
-    def __init__(
-        self,
-        run: RunFolder,
-        policy: Policy,
-        rows: Sequence[Row],
-        recipe: Recipe,
-        reward: RewardFunction,
-        interface: Interface,
-        ranks: Ranks,
-    ):
-        self.run, self.policy, self.rows, self.recipe = run, policy, rows, recipe
-        self.reward, self.interface, self.ranks = reward, interface, ranks
+    def __init__(self, run: RunFolder, policy: Policy, rows: Sequence[Row], recipe: Recipe, trainer: VisionPPOTrainer):
+        self.run, self.policy, self.rows, self.recipe, self.trainer = run, policy, rows, recipe, trainer
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step % self.recipe.eval.every:
             return
-        captions, ended = caption_rows(self.policy, self.rows, self.recipe, self.interface, self.ranks)
-        if self.ranks.is_main:
-            scores = evaluate_captions(captions, self.rows, self.reward, ended)
+        captions, ended = caption_rows(self.policy, self.rows, self.recipe, self.trainer)
+        if self.trainer.ranks.is_main:
+            scores = evaluate_captions(captions, self.rows, self.trainer.reward_model.function, ended)
             self.run.log(state.global_step, {f"eval/{name}": np.nanmean(values) for name, values in scores.items()})

@@ -20,6 +20,7 @@ from mmft.rewards.combine import RewardFunction
 from mmft.run.guard import RewardGuard
 from mmft.train.checkpoint import remove_checkpoint, steps_of, thin_out, write_checkpoint
 from mmft.train.ppo import VisionPPOTrainer
+from mmft.train.sharding import full
 from mmft.train.trainer_state import load_state, save_state
 from mmft.types import Row
 
@@ -57,10 +58,9 @@ class Checkpoints(TrainerCallback):
 
         def fill(aside: Path) -> None:
             save_state(self.trainer, aside, {"positions": positions})
-            if ranks.is_main:
-                self.save_models(aside)
-                if self.guard is not None:
-                    self.guard.save_state(aside)
+            self.save_models(aside)
+            if ranks.is_main and self.guard is not None:
+                self.guard.save_state(aside)
 
         if ranks.is_main:
             write_checkpoint(folder, fill)
@@ -85,16 +85,27 @@ class Checkpoints(TrainerCallback):
 
 
 def save(folder: Path, policy: Policy, trainer: VisionPPOTrainer, reward: RewardFunction, row: Row) -> None:
-    """Adapter (checked by reading it back), critic, and the reward's learned state, under `folder`."""
+    """Adapter (checked by reading it back), critic, and the reward's learned state, under `folder`. All processes call
+    it, the first writes.
+    """
+    module = trainer.accelerator.unwrap_model(trainer.model)
+    head = {name: full(tensor).contiguous() for name, tensor in module.value_model.state_dict().items()}
+    weights = None
+    if trainer.sharding:
+        wanted = [(n, p) for n, p in policy.model.named_parameters() if p.requires_grad or not trainer.is_peft_model]
+        weights = {name: full(parameter.detach()).cpu() for name, parameter in wanted}
+    if not trainer.ranks.is_main:
+        return
     interface = trainer.interface
     token = torch.full((1, 1), interface.pad_id, device=interface.device)
-    probe = interface.pack([interface.builder(row)], token, torch.ones_like(token, dtype=torch.bool), share=False)
-    save_adapter(policy.model, folder / "adapter", probe.inputs)
+    probe = {}
+    if weights is None:
+        ones = torch.ones_like(token, dtype=torch.bool)
+        probe = interface.pack([interface.builder(row)], token, ones, share=False).inputs
+    save_adapter(policy.model, folder / "adapter", probe, weights)
     for name in ("critic", "reward"):
         (folder / name).mkdir(exist_ok=True)
-    module = trainer.accelerator.unwrap_model(trainer.model)
-    head = {name: tensor.contiguous() for name, tensor in module.value_model.state_dict().items()}
     save_file(head, folder / "critic" / "value_head.safetensors")
     if module.critic_adapter:
-        save_value_adapter(policy.model, folder / "critic" / "adapter")
+        save_value_adapter(policy.model, folder / "critic" / "adapter", weights)
     write_atomic(folder / "reward" / "state.json", json.dumps(reward.state_dict()).encode())

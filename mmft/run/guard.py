@@ -24,6 +24,7 @@ from mmft.rewards.terms import TERMS
 from mmft.train.checkpoint import write_checkpoint
 from mmft.train.experience import Rollout
 from mmft.train.ppo import VisionPPOTrainer
+from mmft.train.sharding import full, put
 from mmft.train.tripwire import Tripwire
 from mmft.types import Row, UserError
 
@@ -114,7 +115,7 @@ class RewardGuard(TrainerCallback):
         metric = math.nan if metric is None else self.sign * metric
         seen = self.wire.update(state.global_step, math.nan if reward is None else reward, metric)
         if seen.is_best and not self.tripped:
-            self.best = {name: p.detach().to("cpu", copy=True) for name, p in self._trained()}
+            self.best = {name: full(p.detach()).to("cpu", copy=True) for name, p in self._trained()}
         if not seen.trips_now:
             return
         self.tripped = True
@@ -122,10 +123,13 @@ class RewardGuard(TrainerCallback):
         if state.is_world_process_zero:
             Console(stderr=True).print(f"[bold red]tripwire[/] {message}", highlight=False)
         folder = self.run / CHECKPOINTS / "best"
-        now = {name: p.detach().clone() for name, p in self._trained()}
+        now = {name: full(p.detach()).clone() for name, p in self._trained()}
         self._put(self.best)
         if state.is_world_process_zero:
             write_checkpoint(folder, self.save)
+        else:
+            self.save(folder)
+        if state.is_world_process_zero:
             record = {"step": state.global_step, "metric": self.metric, "message": message, **vars(seen)}
             self.run.write_text("tripwire.json", json.dumps(record, indent=2) + "\n")
         if self.config.action == "stop":
@@ -140,4 +144,4 @@ class RewardGuard(TrainerCallback):
     @torch.no_grad()
     def _put(self, weights: dict[str, torch.Tensor]) -> None:
         for name, parameter in self._trained():
-            parameter.copy_(weights[name])
+            put(parameter, weights[name])

@@ -129,7 +129,7 @@ def _steps(job: Job, policy: Policy, run: RunFolder) -> tuple[dict[str, float], 
     phases["other"] = max(0.0, whole - sum(phases[name] for name in PHASES))
     rows = eval_rows(job)
     began = time.perf_counter()
-    captions, ended = caption_rows(policy, rows, job.recipe, trainer.interface)
+    captions, ended = caption_rows(policy, rows, job.recipe, trainer)
     evaluate_captions(captions, rows, job.reward, ended)
     job.reward.reference_reward(rows, leave_one_out=False)
     return phases, time.perf_counter() - began

@@ -88,11 +88,10 @@ def _train_in(run: RunFolder, resumed: Resumed, job: Job, console: Console) -> P
     rows = eval_rows(job)
     before, before_ended = _captions_before(run, policy, rows, job, trainer, console)
     _train(trainer, checkpoints, console)
-    if main:
-        with console.status("saving"):
-            save(run.path, policy, trainer, job.reward, rows[0])
+    with console.status("saving"):
+        save(run.path, policy, trainer, job.reward, rows[0])
     with console.status(f"captioning {len(rows)} {recipe.eval.split} pictures after training"):
-        after, after_ended = caption_rows(policy, rows, recipe, trainer.interface, trainer.ranks)
+        after, after_ended = caption_rows(policy, rows, recipe, trainer)
     if main:
         # Both are scored now: normalisers have moved since the start, and one ruler must measure both.
         scores_before = evaluate_captions(before, rows, job.reward, before_ended)
@@ -121,7 +120,7 @@ def _captions_before(
     if trainer.loaded:
         raise UserError(f"{run / BEFORE}: missing or of other pictures; captions before training cannot be made anew")
     with console.status(f"captioning {len(rows)} {job.recipe.eval.split} pictures before training"):
-        captions, ended = caption_rows(policy, rows, job.recipe, trainer.interface, trainer.ranks)
+        captions, ended = caption_rows(policy, rows, job.recipe, trainer)
     if job.processes.is_main:
         record = {"ids": [row.id for row in rows], "captions": captions, "ended": ended}
         record["interface"] = trainer.interface.state_dict()

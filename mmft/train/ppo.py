@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from types import SimpleNamespace
@@ -42,6 +43,7 @@ from mmft.train.metrics import TRL_NAMES, PhaseTimer, rollout_metrics
 from mmft.train.ppo_config import VisionPPOConfig, setting
 from mmft.train.randomness import Randomness
 from mmft.train.ranks import Ranks
+from mmft.train.sharding import Sharding, allow_on_cpu
 from mmft.train.undo import WholeSteps
 from mmft.train.update import Scored, Updater
 from mmft.types import RewardOutput, Row, UserError
@@ -129,6 +131,7 @@ class VisionPPOTrainer(PPOTrainer):
         self.policy_model.generation_config.eos_token_id = list(self.stops) or None
         self.kl = KLController(args.kl_coef, setting(args, "kl_target"), setting(args, "kl_horizon"))
         self.anchor = Anchor(self.policy_model, setting(args, "l2"), setting(args, "adapter_penalty"))
+        self.interface.features.around = self.sharding.whole
         self.updater = Updater(self)
         self.timer = PhaseTimer(self.accelerator.device)
         self._set_up_data(cursor)
@@ -156,6 +159,7 @@ class VisionPPOTrainer(PPOTrainer):
         of the tower where its rows hold no picture. `Ranks` adds gradients up instead.
         """
         self._module = self.model
+        allow_on_cpu(self.accelerator)
         if self.accelerator.distributed_type in (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
             self.model = SimpleNamespace(config=self.policy_model.config)
 
@@ -163,6 +167,7 @@ class VisionPPOTrainer(PPOTrainer):
         if isinstance(self.model, SimpleNamespace):
             self.model = self.callback_handler.model = self._module.to(self.accelerator.device)
         del self._module
+        self.sharding = Sharding(self.model)
 
     def create_optimizer_and_scheduler(self, num_training_steps: int) -> None:
         """TRL calls this when the policy is ready: the place to put our policy and critic in the place of its own
@@ -209,7 +214,11 @@ class VisionPPOTrainer(PPOTrainer):
     def _step(self, step: int) -> None:
         self.timer.start()
         orders = self._orders(step)
-        local, scored = self._rollout(step, self.batches.next(), next(orders))
+        if self.sharding:  # what a process has forgotten it could not encode alone: the batch's pictures stay
+            self.interface.features.clear()
+            self.interface.features.budget = sys.maxsize
+        with self.sharding.whole():
+            local, scored = self._rollout(step, self.batches.next(), next(orders))
         local.potential_BT = self._potentials(local)
         rollout = self.ranks.everyone(local)
         if step == 1:

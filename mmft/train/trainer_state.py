@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mmft.train.sharding import full, part_of, put
 from mmft.types import UserError
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def tensors_of(trainer: VisionPPOTrainer) -> dict[str, Tensor]:
     for index, state in trainer.optimizer.state_dict()["state"].items():
         for name, value in state.items():
             tensors[f"{_OPTIMIZER}{index}/{name}"] = torch.as_tensor(value)
-    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    return {name: full(tensor.detach()).to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
 
 
 @torch.no_grad()
@@ -93,12 +94,14 @@ def load_tensors(trainer: VisionPPOTrainer, tensors: Mapping[str, Tensor]) -> No
                 f"the checkpoint is of another model: {name} is {_shape(theirs)} there and {_shape(ours)} here"
             )
     for name, parameter in own.items():
-        parameter.copy_(saved[name])
+        put(parameter, saved[name])
     state: dict[int, dict[str, Tensor]] = {}
+    parameters = [p for group in trainer.optimizer.param_groups for p in group["params"]]
     for key, tensor in tensors.items():
         if key.startswith(_OPTIMIZER):
             index, name = key.removeprefix(_OPTIMIZER).split("/")
-            state.setdefault(int(index), {})[name] = tensor.clone()
+            like = parameters[int(index)]
+            state.setdefault(int(index), {})[name] = part_of(tensor, like) if tensor.dim() else tensor.clone()
     groups = trainer.optimizer.state_dict()["param_groups"]  # the learning rate is the schedule's
     trainer.optimizer.load_state_dict({"state": state, "param_groups": groups})
     for group, lr in zip(trainer.optimizer.param_groups, trainer.lr_scheduler.get_last_lr(), strict=True):

@@ -20,6 +20,7 @@ from mmft.train import rollout as rollouts
 from mmft.train.experience import Experience, Rollout, ppo_loss
 from mmft.train.metrics import add_up
 from mmft.train.ppo_config import VisionPPOConfig, setting
+from mmft.train.sharding import full
 
 if TYPE_CHECKING:
     from mmft.train.ppo import VisionPPOTrainer
@@ -76,7 +77,8 @@ class Updater:
         def attempt() -> Scored:
             minibatches = self.micro_batches(order, prompts, mask_BT)
             micro = list(itertools.chain.from_iterable(minibatches))
-            if not minibatches[0]:  # of the first minibatch no row is here
+            # Of the first minibatch no row is here; or parts of weights are gathered for one pass and its backward.
+            if not minibatches[0] or trainer.sharding:
                 return Scored(rollouts.score(*arguments, micro, between=trainer.steps.between))
             first, *rest = micro
             scores = rollouts.score(*arguments, rest, between=trainer.steps.between)
@@ -179,16 +181,16 @@ class Updater:
                 scores, mine, index, args.cliprange, args.cliprange_value, args.vf_coef,
                 setting(args, "entropy_coef"), share, value_share,
             )  # fmt: skip
-            loss = out.loss
+            loss = out.loss * trainer.ranks.count if trainer.sharding else out.loss  # FSDP takes means over processes
             if i + 1 == len(minibatch):  # once a minibatch: the penalty depends on weights, not on rows
                 penalty = trainer.anchor.penalty()
-                loss = loss + penalty.loss.to(loss.device) / trainer.ranks.count
+                loss = loss + penalty.loss.to(loss.device) / (1 if trainer.sharding else trainer.ranks.count)
                 for name, value in penalty.metrics.items():
                     totals[name] = float(value) / trainer.ranks.count
             # accelerate divides by the accumulation steps; shares have done that already
             trainer.accelerator.backward(loss * trainer.accelerator.gradient_accumulation_steps)
             add_up(totals, out.metrics, share, value_share)
-            totals["loss/total"] += loss.item()
+            totals["loss/total"] += loss.item() / (trainer.ranks.count if trainer.sharding else 1)
         self._over_processes(totals)
         if not np.isfinite(totals["loss/total"]):
             raise FloatingPointError(
@@ -213,9 +215,10 @@ class Updater:
     def _step(self, stats: dict[str, list[float]]) -> None:
         trainer: Any = self.trainer
         parameters = [p for group in trainer.optimizer.param_groups for p in group["params"]]
-        trainer.ranks.sum_gradients(parameters)
+        if not trainer.sharding:
+            trainer.ranks.sum_gradients(parameters)
         limit = trainer.args.max_grad_norm if setting(trainer.args, "clip_gradients") else float("inf")
-        norm = float(trainer.accelerator.clip_grad_norm_(parameters, limit))
+        norm = float(full(trainer.accelerator.clip_grad_norm_(parameters, limit)))
         if not np.isfinite(norm):
             raise FloatingPointError(
                 f"the gradient is {norm} at step {trainer.state.global_step + 1}; no weight was changed"
