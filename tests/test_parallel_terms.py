@@ -152,8 +152,9 @@ def test_errors_deaths_and_interrupts(functions: str, tmp_path: Path) -> None:
 
         def interrupt() -> None:
             wait_for(lambda: started.exists() and started.read_text(), "the worker starts")
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)  # which alone is woken by it
 
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores Ctrl-C for what it runs behind
         threading.Thread(target=interrupt, daemon=True).start()
         with pytest.raises(KeyboardInterrupt):
             term([f"sleep {started}"], [row])

@@ -16,6 +16,7 @@ from typing import Any
 
 from PIL.Image import Image
 
+from mmft.data.bad_rows import BadRows, describe
 from mmft.data.metadata import BadRow, file_name_of, numbered_lines, parse_line, resolve_columns, text_of, texts_of
 from mmft.data.pictures import UNREADABLE, load_picture, verify_picture
 from mmft.types import Row, UserError
@@ -52,6 +53,7 @@ class ImageFolder:
             when pictures are added, and all rows of one picture are on one side.
         eval_fraction: the share held out, in [0, 1).
         on_bad_row: `skip` leaves bad rows out and lists them in `bad_rows`; `raise` stops at the first.
+        max_bad_fraction: share of rows that may be left out.
 
     Raises:
         UserError: no folder, no usable row in the split, or (`raise`) a bad row: names file, row and key.
@@ -66,6 +68,7 @@ class ImageFolder:
         eval_fraction: float = 0.1,
         seed: int = 0,
         on_bad_row: str = "skip",
+        max_bad_fraction: float = 1.0,
     ) -> None:
         if split not in SPLITS:
             raise UserError(f"split: {split!r} is not one of {', '.join(SPLITS)}")
@@ -77,12 +80,13 @@ class ImageFolder:
         self.prompt = prompt
         self.split = split
         self.on_bad_row = on_bad_row
-        self.bad_rows: list[dict[str, Any]] = []
-        self._listed: set[tuple[str, int | None]] = set()
+        self.bad_rows = BadRows(None, 1.0, on_bad_row == "raise")
         self._columns = resolve_columns(columns)
         entries = self._verified(self._read())
         if not entries:
             raise UserError(f"{self.path}: no usable rows" + self._first_reason())
+        self.bad_rows.total, self.bad_rows.max_fraction = len(entries) + len(self.bad_rows), max_bad_fraction
+        self.bad_rows.judge()
         self._entries = _take_split(entries, split, eval_fraction, seed)
         if not self._entries:
             raise UserError(
@@ -209,23 +213,13 @@ class ImageFolder:
         file = str(self.path / METADATA) if line is not None else str(self.path / (name or ""))
         if line is not None and name is not None and name not in reason:
             reason = f"{name}: {reason}"
-        bad = {"file": file, "row": line, "reason": reason}
-        if self.on_bad_row == "raise":
-            raise UserError(_describe(bad))
-        if (file, line) not in self._listed:
-            self._listed.add((file, line))
-            self.bad_rows.append(bad)
+        self.bad_rows.add(file, line, reason)
 
     def _first_reason(self) -> str:
         if not self.bad_rows:
             return f": no {METADATA} and no picture files ({', '.join(sorted(SUFFIXES))})"
         more = len(self.bad_rows) - 1
-        return f"; the first bad row: {_describe(self.bad_rows[0])}" + (f" (and {more} more)" if more else "")
-
-
-def _describe(bad: Mapping[str, Any]) -> str:
-    row = "" if bad["row"] is None else f"row {bad['row']}: "
-    return f"{bad['file']}: {row}{bad['reason']}"
+        return f"; the first bad row: {describe(self.bad_rows[0])}" + (f" (and {more} more)" if more else "")
 
 
 def _unreadable(error: BaseException) -> str:

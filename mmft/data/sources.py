@@ -39,6 +39,7 @@ def open_source(config: ScenesConfig | ImageFolderConfig, split: str, samples: i
         config.eval_fraction,
         config.seed,
         config.on_bad_row,
+        config.max_bad_fraction,
     )
 
 

@@ -7,26 +7,30 @@ Appended files may end in a torn line after a kill, which the readers leave out;
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import math
 import os
 import re
 import tempfile
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
+from mmft.report.lock import folder_lock
 from mmft.types import RewardOutput, Row, UserError
 
 RECIPE, METRICS, TIMING = "recipe.yaml", "metrics.jsonl", "timing.jsonl"
 SAMPLES, EVAL, EVAL_SAMPLES = "samples.jsonl", "eval.json", "eval_samples.jsonl"
-BEFORE, BAD_ROWS = "before.json", "bad_rows.jsonl"
+BEFORE, BAD_ROWS, DROPPED = "before.json", "bad_rows.jsonl", "dropped.jsonl"
 CHECKPOINTS, ADAPTER, REWARD, PICTURES, REPORT = "checkpoints", "adapter", "reward", "pictures", "report.html"
 # Any of these makes a folder a run that a new one must not mix with.
 _MARKS = (RECIPE, METRICS, SAMPLES, EVAL, CHECKPOINTS, ADAPTER)
-_APPENDED = (METRICS, TIMING, SAMPLES, BAD_ROWS)
+_APPENDED = (METRICS, TIMING, SAMPLES, DROPPED)
+_APPENDING = threading.Lock()
 # What trainers log of the clock, beside our own `time/...`.
 _CLOCK = re.compile(r"time/|(train|eval)_runtime$|\w+_per_second$|eps$")
 
@@ -46,6 +50,8 @@ class RunFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self._bad: set[str] = set()
+        self._bad_size = 0
         if not self.path.is_dir():
             raise UserError(f"{self.path}: no such run folder")
 
@@ -116,6 +122,22 @@ class RunFolder:
             )
         self._append(SAMPLES, lines)
 
+    def append_bad_row(self, row: Mapping[str, Any]) -> None:
+        """A row that was left out: {"file", "row", "reason"}. Each is listed once, whoever found it."""
+        path = self.path / BAD_ROWS
+        size = path.stat().st_size if path.is_file() else 0
+        if size != self._bad_size:  # another process, or an earlier one of this run, has written
+            self._bad = {json.dumps(known, sort_keys=True) for known in read_lines(path)}
+        key = json.dumps(row, sort_keys=True)
+        if key not in self._bad:
+            self._append(BAD_ROWS, [row])
+            self._bad.add(key)
+        self._bad_size = path.stat().st_size
+
+    def append_dropped(self, reason: str, row: Row, caption: str) -> None:
+        """A caption that got no reward, and why."""
+        self._append(DROPPED, [{"id": row.id, "reason": reason, "caption": caption}])
+
     def write_eval(self, record: Mapping[str, Any]) -> None:
         """Replaces `eval.json` in one step: a reader sees the old or the new one, never half."""
         self._replace(EVAL, json.dumps(clean(record), indent=2, allow_nan=False) + "\n")
@@ -157,9 +179,9 @@ class RunFolder:
                 else:
                     os.truncate(path, size)
 
-    @contextmanager
-    def lock(self) -> Iterator[None]:
-        yield
+    def lock(self) -> AbstractContextManager[None]:
+        """Held while a run writes here: a second one is refused, as UserError."""
+        return folder_lock(self.path)
 
     @classmethod
     def last_run(cls, root: str | Path, name: str) -> RunFolder | None:
@@ -200,9 +222,16 @@ class RunFolder:
         return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
 
     def _append(self, name: str, lines: Iterable[Mapping[str, Any]]) -> None:
-        path = self.path / name
-        with _writing(path), open(path, "a", encoding="utf-8") as file:
-            file.write("".join(_line(line) for line in lines))
+        path, data = self.path / name, "".join(_line(line) for line in lines).encode()
+        with _APPENDING, _writing(path), open(path, "ab", buffering=0) as file:
+            start = file.tell()
+            try:
+                written = file.write(data)
+                if written != len(data):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                os.truncate(path, start)  # no half a line in front of what is written when there is room again
+                raise
 
     def _replace(self, name: str, text: str) -> Path:
         path = self.path / name

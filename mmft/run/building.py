@@ -94,9 +94,13 @@ def build_trainer(job: Job, policy: Policy, run: RunFolder) -> VisionPPOTrainer:
         save(folder, policy, trainer, job.reward, job.heldout[0])
 
     job.reward.gather = trainer.ranks.gather_list
+    job.reward.on_drop = run.append_dropped
+    for source in (job.train, job.heldout):
+        if hasattr(source, "bad_rows"):
+            source.bad_rows.tell(run.append_bad_row, known=job.processes.is_main)
     trainer.on_rollout = write_samples
     if recipe.eval.every:
-        trainer.add_callback(PeriodicEvaluation(run, policy, eval_rows(job), recipe, trainer))
+        trainer.add_callback(PeriodicEvaluation(run, policy, eval_rows(job), recipe, job.reward, trainer))
     if guard is not None:
         trainer.add_callback(guard)
     trainer.add_callback(Checkpoints(run, trainer, recipe.train.save_every, recipe.train.keep, guard, save_models))

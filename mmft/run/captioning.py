@@ -13,6 +13,7 @@ from mmft.eval.evaluator import evaluate_captions
 from mmft.models.generation import caption
 from mmft.models.policy import Policy
 from mmft.report.folder import RunFolder
+from mmft.rewards.combine import RewardFunction
 from mmft.train.ppo import VisionPPOTrainer
 from mmft.types import Row
 
@@ -36,13 +37,23 @@ def caption_rows(
 class PeriodicEvaluation(TrainerCallback):
     """Every `eval.every` steps: the means of the held-out metrics, as eval/* in metrics.jsonl."""
 
-    def __init__(self, run: RunFolder, policy: Policy, rows: Sequence[Row], recipe: Recipe, trainer: VisionPPOTrainer):
-        self.run, self.policy, self.rows, self.recipe, self.trainer = run, policy, rows, recipe, trainer
+    def __init__(
+        self,
+        run: RunFolder,
+        policy: Policy,
+        rows: Sequence[Row],
+        recipe: Recipe,
+        reward: RewardFunction,
+        trainer: VisionPPOTrainer,
+    ):
+        self.run, self.policy, self.rows, self.recipe = run, policy, rows, recipe
+        self.reward, self.trainer = reward, trainer
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step % self.recipe.eval.every:
             return
         captions, ended = caption_rows(self.policy, self.rows, self.recipe, self.trainer)
         if self.trainer.ranks.is_main:
-            scores = evaluate_captions(captions, self.rows, self.trainer.reward_model.function, ended)
-            self.run.log(state.global_step, {f"eval/{name}": np.nanmean(values) for name, values in scores.items()})
+            scores = evaluate_captions(captions, self.rows, self.reward, ended)
+            means = {f"eval/{name}": np.nanmean(v) for name, v in scores.items() if not np.isnan(v).all()}
+            self.run.log(state.global_step, means)
