@@ -207,6 +207,20 @@ def plan(
         raise typer.Exit(1)
 
 
+@app.command(epilog="Example: mmft replay runs/caption_ppo/batch-step-7-process-0.safetensors train.precision=fp32")
+def replay(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A batch that a run kept when its numbers broke.")],
+    overrides: Overrides = None,
+) -> None:
+    """Run again the batch at which a loss or gradient was not finite, row by row; exit status 1 where it still is."""
+    if not file.is_file():
+        raise UserError(f"{file}: no such file")
+    from mmft import run
+
+    if not run.replay_batch(file, overrides or []):
+        raise typer.Exit(1)
+
+
 def _policy_summary(recipe: Recipe) -> str:
     reward = ", ".join([*filter(None, [recipe.reward.model]), *(term.label for term in recipe.reward.terms)])
     return (

@@ -1,6 +1,7 @@
 """The jobs behind the commands: `training` and `inspecting` of policies, `reward_training` and `reward_inspecting`."""
 
 from mmft.run.inspecting import evaluate, generate, preview
+from mmft.run.replaying import replay_batch
 from mmft.run.reward_inspecting import evaluate_reward, is_reward_model, score_captions
 from mmft.run.reward_training import train_reward, write_judgements
 from mmft.run.training import Job, prepare, train
@@ -13,6 +14,7 @@ __all__ = [
     "is_reward_model",
     "prepare",
     "preview",
+    "replay_batch",
     "score_captions",
     "train",
     "train_reward",

@@ -11,10 +11,10 @@ from rich.console import Console
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.integrations import get_reporting_integration_callbacks
 
-from mmft.config import Recipe
+from mmft.config import Recipe, dump_recipe
 from mmft.data.sources import Source, open_cursor, open_source
 from mmft.models.policy import Policy
-from mmft.report.folder import RunFolder
+from mmft.report.folder import RunFolder, write_atomic
 from mmft.report.progress import ProgressReporter
 from mmft.rewards.combine import RewardFunction, build_reward
 from mmft.run.captioning import PeriodicEvaluation
@@ -93,6 +93,12 @@ def build_trainer(job: Job, policy: Policy, run: RunFolder) -> VisionPPOTrainer:
     def save_models(folder: Path) -> None:
         save(folder, policy, trainer, job.reward, job.heldout[0])
 
+    def keep_batch(data: bytes) -> Path:
+        path = run / f"batch-step-{trainer.state.global_step + 1}-process-{trainer.ranks.index}.safetensors"
+        write_atomic(path, data)
+        return path
+
+    trainer.keep_batch, trainer.recipe_text = keep_batch, dump_recipe(recipe)
     job.reward.gather = trainer.ranks.gather_list
     job.reward.on_drop = run.append_dropped
     for source in (job.train, job.heldout):

@@ -7,6 +7,8 @@ from typing import Any
 
 from mmft.data.cursor import RowCursor
 from mmft.data.prefetch import Prefetch
+from mmft.train.ranks import Ranks
+from mmft.types import UserError
 
 Collator = Callable[[list[Any]], dict[str, Any]]
 
@@ -49,6 +51,32 @@ class LoaderBatches:
 
     def close(self) -> None:
         pass
+
+
+class NoRows:
+    """Stands for a data set that is read through a cursor, where TRL's constructor asks for a length."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> Any:
+        raise IndexError("these rows come from a cursor")
+
+
+def open_batches(
+    args: Any, cursor: RowCursor | None, ranks: Ranks, loader: Any, collate: Collator
+) -> Batches | LoaderBatches:
+    """Ours draw the same rows for any number of processes; without a cursor they are TRL's. Raises UserError where
+    TRL's loader has too few rows for a batch, and would never give one.
+    """
+    if cursor is None:
+        rows = len(loader.dataset)
+        if rows < args.batch_size:
+            raise UserError(f"the data has {rows} rows, fewer than the {args.batch_size} that one batch needs")
+        return LoaderBatches(loader)
+    group = args.samples_per_prompt
+    own = slice(ranks.rows.start // group, ranks.rows.stop // group)
+    return Batches(cursor, args.batch_size // group, own, args.workers, collate)
 
 
 def _endless(loader: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:

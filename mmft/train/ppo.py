@@ -12,6 +12,7 @@ import itertools
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -23,7 +24,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from trl.experimental.ppo import PPOTrainer
 from trl.experimental.utils import get_reward
 
-from mmft.data.cursor import RowCursor, Shuffled
+from mmft.data.cursor import Shuffled
 from mmft.functional.policy import KLController
 from mmft.functional.schedule import learning_rate_factor
 from mmft.models.anchor import Anchor
@@ -37,7 +38,7 @@ from mmft.models.scoring import PolicyWithCritic
 from mmft.models.selfcheck import check, most_cautious
 from mmft.models.value_adapter import adapters_off, add_value_adapter, critic_parameters
 from mmft.train import rollout as rollouts
-from mmft.train.batches import Batches, LoaderBatches
+from mmft.train.batches import NoRows, open_batches
 from mmft.train.experience import Experience, ExperienceSettings, Rollout, make_experience
 from mmft.train.metrics import TRL_NAMES, PhaseTimer, rollout_metrics
 from mmft.train.ppo_config import VisionPPOConfig, setting
@@ -46,7 +47,7 @@ from mmft.train.ranks import Ranks
 from mmft.train.sharding import Sharding, allow_on_cpu
 from mmft.train.undo import WholeSteps
 from mmft.train.update import Scored, Updater
-from mmft.types import RewardOutput, Row, UserError
+from mmft.types import RewardOutput, Row
 
 RewardCallable = Callable[..., RewardOutput]
 
@@ -71,7 +72,8 @@ class VisionPPOTrainer(PPOTrainer):
         value_model: None for a value head on the policy's own states, or TRL's second model (text alone).
 
     `on_rollout(step, rollout)`, if set, sees every batch of all processes before the update. `steps.signals`, if
-    set, are looked at between micro-batches. `mmft.train.trainer_state` carries a run over to another process.
+    set, are looked at between micro-batches. `keep_batch`, if set, gets the batch of an update that is not finite.
+    `mmft.train.trainer_state` carries a run over to another process.
     """
 
     _tag_names: ClassVar = ["mmft", "trl", "ppo"]
@@ -92,6 +94,8 @@ class VisionPPOTrainer(PPOTrainer):
         self.stops = self._stop_ids(args, model, processing_class)
         self.banned = picture_token_ids(model, processing_class)
         self.on_rollout: Callable[[int, Rollout], None] | None = None
+        self.keep_batch: Callable[[bytes], Path] | None = None
+        self.recipe_text: str | None = None  # goes with a kept batch
         self.loaded = False  # whether `train` goes on behind a step instead of beginning
         shares = setting(args, "share_prompts") and (value_model is None or isinstance(value_model, ValueHead))
         budget = int(setting(args, "feature_cache_gb") * 2**30)
@@ -108,7 +112,7 @@ class VisionPPOTrainer(PPOTrainer):
         if isinstance(args, VisionPPOConfig):
             ready = hasattr(train_dataset, "draw")
             cursor = train_dataset if ready else Shuffled(train_dataset, args.seed)
-            train_dataset = _NoRows() if ready else train_dataset
+            train_dataset = NoRows() if ready else train_dataset
         # TRL would ask a processor for a tokenizer's eos_token_id, and whiten within one process's minibatch.
         stop_token, args.stop_token = args.stop_token, None
         whiten, args.whiten_rewards = args.whiten_rewards, False
@@ -134,25 +138,12 @@ class VisionPPOTrainer(PPOTrainer):
         self.interface.features.around = self.sharding.whole
         self.updater = Updater(self)
         self.timer = PhaseTimer(self.accelerator.device)
-        self._set_up_data(cursor)
+        self.batches = open_batches(args, cursor, self.ranks, self.dataloader, self.data_collator)
 
     def _stop_ids(self, args: Any, model: Any, processing_class: Any) -> tuple[int, ...]:
         if args.stop_token_id is not None:
             return (args.stop_token_id,)
         return eos_ids(model, processing_class) if args.stop_token == "eos" else ()
-
-    def _set_up_data(self, cursor: RowCursor | None) -> None:
-        """Ours draws the same rows for any number of processes; TRL's settings keep TRL's loader."""
-        args = self.args
-        if cursor is None:
-            if len(self.train_dataset) < args.batch_size:
-                needed = f"fewer than the {args.batch_size} that one batch needs"
-                raise UserError(f"the data has {len(self.train_dataset)} rows, {needed}")
-            self.batches = LoaderBatches(self.dataloader)
-            return
-        count, mine = args.batch_size // args.samples_per_prompt, self.ranks.rows
-        own = slice(mine.start // args.samples_per_prompt, mine.stop // args.samples_per_prompt)
-        self.batches = Batches(cursor, count, own, args.workers, self.data_collator)
 
     def _leave_model_unwrapped(self) -> None:
         """TRL's constructor would wrap the model in DDP, which waits for gradients that a process may not have: those
@@ -261,6 +252,8 @@ class VisionPPOTrainer(PPOTrainer):
         with self.timer("reward"):
             reward = self._reward(prompts, rows, responses, captions, finished)
         scores = scored.scores
+        if not torch.isfinite(reward if isinstance(reward, Tensor) else torch.tensor(reward.total)).all():
+            raise FloatingPointError(f"the reward of a response is not finite at step {step}; no weight was changed")
         rollout = Rollout(
             prompts, rows, responses, mask, finished, scores.logprobs_BT, reference, scores.value_BT,
             reward if isinstance(reward, Tensor) else torch.tensor(reward.total, device=mask.device),
@@ -421,16 +414,6 @@ class VisionPPOTrainer(PPOTrainer):
             | self.timer.stop()
             | {"time/encode": self.interface.features.take_seconds()}
         )
-
-
-class _NoRows:
-    """Stands for a data set that is read through a cursor, where TRL's constructor asks for a length."""
-
-    def __len__(self) -> int:
-        return 1
-
-    def __getitem__(self, index: int) -> Any:
-        raise IndexError("these rows come from a cursor")
 
 
 def _is_tokenized(dataset: Any) -> bool:

@@ -20,6 +20,7 @@ from mmft.train import rollout as rollouts
 from mmft.train.experience import Experience, Rollout, ppo_loss
 from mmft.train.metrics import add_up
 from mmft.train.ppo_config import VisionPPOConfig, setting
+from mmft.train.replay import NonFiniteUpdate, packed_batch
 from mmft.train.sharding import full
 
 if TYPE_CHECKING:
@@ -132,13 +133,16 @@ class Updater:
         stats: dict[str, list[float]] = defaultdict(list)
         epochs = itertools.islice(orders, args.num_ppo_epochs)
         for order in itertools.chain.from_iterable(epochs):
-            approx_kl = self._gradients(rollout, experience, order, stats, scored)
-            target = setting(args, "target_kl")
-            if target is not None and approx_kl > target:
-                self.trainer.optimizer.zero_grad()
-                stats["update/stopped_early"] = [1.0]
-                break
-            self._step(stats)
+            try:
+                approx_kl = self._gradients(rollout, experience, order, stats, scored)
+                target = setting(args, "target_kl")
+                if target is not None and approx_kl > target:
+                    self.trainer.optimizer.zero_grad()
+                    stats["update/stopped_early"] = [1.0]
+                    break
+                self._step(stats)
+            except NonFiniteUpdate as error:
+                raise self._kept(rollout, experience, order, str(error)) from None
         means = {name: float(np.mean(values)) for name, values in stats.items()}
         ratios = stats["policy/ratio_mean"]
         extra = {
@@ -147,6 +151,18 @@ class Updater:
             "ratio_var": float(np.var(ratios, ddof=1)) if len(ratios) > 1 else 0.0,
         }
         return means | extra | {"update/minibatches": float(len(stats["policy/grad_norm"]))}
+
+    def _kept(self, rollout: Rollout, experience: Experience, order: Tensor, reason: str) -> NonFiniteUpdate:
+        """The error to raise, once the batch is where it can be replayed from."""
+        trainer = self.trainer
+        trainer.optimizer.zero_grad()
+        reason = f"{reason} at step {trainer.state.global_step + 1}; no weight was changed"
+        rows = trainer.ranks.own(order)
+        mine = experience.part(trainer.ranks.rows, rollout.mask_BT.shape[1])
+        if trainer.keep_batch is not None:
+            path = trainer.keep_batch(packed_batch(trainer, rollout, mine, rows, reason))
+            reason += f". The batch is kept: mmft replay {path}"
+        return NonFiniteUpdate(reason)
 
     def _gradients(
         self, rollout: Rollout, experience: Experience, rows: Tensor, stats: dict[str, list[float]], scored: Scored
@@ -193,9 +209,7 @@ class Updater:
             totals["loss/total"] += loss.item() / (trainer.ranks.count if trainer.sharding else 1)
         self._over_processes(totals)
         if not np.isfinite(totals["loss/total"]):
-            raise FloatingPointError(
-                f"the loss is {totals['loss/total']} at step {trainer.state.global_step + 1}; no weight was changed"
-            )
+            raise NonFiniteUpdate(f"the loss is {totals['loss/total']}")
         for name, value in totals.items():
             stats[name].append(value)
         return totals["policy/approx_kl"]
@@ -220,9 +234,7 @@ class Updater:
         limit = trainer.args.max_grad_norm if setting(trainer.args, "clip_gradients") else float("inf")
         norm = float(full(trainer.accelerator.clip_grad_norm_(parameters, limit)))
         if not np.isfinite(norm):
-            raise FloatingPointError(
-                f"the gradient is {norm} at step {trainer.state.global_step + 1}; no weight was changed"
-            )
+            raise NonFiniteUpdate(f"the gradient is {norm}")
         stats["policy/grad_norm"].append(norm)
         trainer.optimizer.step()
         trainer.optimizer.zero_grad()
