@@ -41,6 +41,7 @@ from mmft.config.schema import (
     EvalConfig,
     GenerationConfig,
     HubConfig,
+    HubDataConfig,
     ImageFolderConfig,
     KLConfig,
     LoggingConfig,
@@ -49,6 +50,7 @@ from mmft.config.schema import (
     PPOAlgorithm,
     Recipe,
     ScenesConfig,
+    TableConfig,
     TrainConfig,
 )
 
@@ -67,6 +69,7 @@ __all__ = [
     "EvalConfig",
     "GenerationConfig",
     "HubConfig",
+    "HubDataConfig",
     "ImageFolderConfig",
     "JudgementFile",
     "KLConfig",
@@ -86,6 +89,7 @@ __all__ = [
     "ScenesConfig",
     "ShapingConfig",
     "SimulatedJudgements",
+    "TableConfig",
     "TrainConfig",
     "TripwireConfig",
     "dump_recipe",

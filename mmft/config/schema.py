@@ -130,7 +130,54 @@ class ImageFolderConfig(Block):
     )
 
 
-DataConfig = Annotated[ScenesConfig | ImageFolderConfig, Field(discriminator="type")]
+class TableColumnsConfig(Block):
+    """Names of a table's columns; null tries the usual ones."""
+
+    image: str | None = Field(
+        None, min_length=1, description="The picture: a path, bytes, base64 text, or what `datasets` keeps."
+    )
+    references: str | None = Field(None, min_length=1, description="Caption or list of captions.")
+    question: str | None = Field(None, min_length=1, description="Question about the picture, used as its prompt.")
+    answer: str | None = Field(None, min_length=1, description="Answer to the question.")
+
+
+class StreamedConfig(Block):
+    """What data sets share that are larger than memory."""
+
+    prompt: str = Field("Describe the picture.", min_length=1, description="What the policy is asked.")
+    columns: TableColumnsConfig = Field(TableColumnsConfig(), description="Names of columns.")
+    eval_fraction: float = Field(0.1, ge=0, lt=1, description="Share of pictures held out for evaluation.")
+    seed: int = Field(0, ge=0, description="Which pictures are held out.")
+    shuffle_window: int = Field(2000, ge=1, description="Rows that are shuffled at once, within 256 MiB.")
+    on_bad_row: Literal["skip", "raise"] = Field("skip", description="Skip and list unreadable rows, or stop.")
+    max_bad_fraction: float = Field(
+        0.1, ge=0, le=1, description="Share of rows that may be skipped before the run stops; 1: any."
+    )
+
+
+class TableConfig(StreamedConfig):
+    """JSON lines or parquet, of any size: read while training goes on."""
+
+    type: Literal["table"] = Field("table", description="Rows of .jsonl or .parquet files.")
+    path: str = Field(min_length=1, description="A file, a folder, or a pattern as data/*.parquet.")
+    heldout_path: str | None = Field(
+        None, min_length=1, description="Held-out rows; null holds out eval_fraction of the pictures."
+    )
+
+
+class HubDataConfig(StreamedConfig):
+    """A data set of the hub, or a folder, that `datasets` streams."""
+
+    type: Literal["hub"] = Field("hub", description="A streamed data set.")
+    path: str = Field(min_length=1, description="Its id, or a folder.")
+    subset: str | None = Field(None, min_length=1, description="Its configuration, where it has several.")
+    split: str = Field("train", min_length=1, description="The split to train on.")
+    heldout_split: str | None = Field(
+        None, min_length=1, description="The split to evaluate on; null holds out eval_fraction of the pictures."
+    )
+
+
+DataConfig = Annotated[ScenesConfig | ImageFolderConfig | TableConfig | HubDataConfig, Field(discriminator="type")]
 
 
 class PPOAlgorithm(Block):
@@ -287,7 +334,9 @@ class Recipe(Block):
 
     @model_validator(mode="after")
     def _can_evaluate(self) -> Recipe:
-        if self.eval.split == "heldout" and isinstance(self.data, ImageFolderConfig) and not self.data.eval_fraction:
+        data = self.data
+        apart = getattr(data, "heldout_path", None) or getattr(data, "heldout_split", None)
+        if self.eval.split == "heldout" and not apart and not getattr(data, "eval_fraction", 1):
             raise conflict("data.eval_fraction", "0 leaves no held-out pictures; raise it or set eval.split to train")
         return self
 

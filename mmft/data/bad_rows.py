@@ -60,6 +60,7 @@ class BadRows:
         """Rows of a stream that were read, good or bad."""
         with self._lock:
             self._seen += count
+            self.judge()
 
     def add(self, file: str, row: int | None, reason: str) -> None:
         """Lists a bad row, once. Raises UserError where it is one too many."""

@@ -250,7 +250,7 @@ def _take_split(entries: list[_Entry], split: str, eval_fraction: float, seed: i
     there are two pictures or more, the picture nearest the border crosses it."""
     if split == "all":
         return entries
-    place = {entry.file_name: _place(entry.file_name, seed) for entry in entries}
+    place = {entry.file_name: picture_place(entry.file_name, seed) for entry in entries}
     held = {name for name, at in place.items() if at < eval_fraction}
     if eval_fraction > 0 and len(place) > 1:
         if not held:
@@ -260,7 +260,7 @@ def _take_split(entries: list[_Entry], split: str, eval_fraction: float, seed: i
     return [entry for entry in entries if (entry.file_name in held) == (split == "heldout")]
 
 
-def _place(file_name: str, seed: int) -> float:
+def picture_place(file_name: str, seed: int) -> float:
     """A picture's place in [0, 1): uniform, fixed by name and seed, the same on every machine and Python."""
     key = f"{seed}:{unicodedata.normalize('NFC', file_name)}".encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.sha256(key).digest()[:8], "big") / 2.0**64

@@ -72,6 +72,14 @@ def _find(record: dict[str, Any], names: tuple[str, ...]) -> tuple[str, Any]:
     return names[0], None
 
 
+def find_value(record: dict[str, Any], names: tuple[str, ...], optional: tuple[str, ...]) -> tuple[str, Any]:
+    """The first of the columns that the row has; none of `optional` need be there."""
+    found = next(((name, record[name]) for name in names if record.get(name) is not None), None)
+    if found is None and names is not optional:
+        return _find(record, names)
+    return found or (names[0], None)
+
+
 def file_name_of(record: dict[str, Any], names: tuple[str, ...]) -> str:
     key, value = _find(record, names)
     if value is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import warnings
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps
@@ -15,7 +16,7 @@ UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBom
 _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
 
 
-def load_picture(path: str | Path) -> Image.Image:
+def load_picture(path: str | Path | BinaryIO) -> Image.Image:
     """Decodes one file to an upright RGB picture. Raises one of `UNREADABLE` where that cannot be done."""
     with Image.open(path) as image:
         image.load()

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Protocol
 
-from mmft.config import ImageFolderConfig, ScenesConfig
+from mmft.config import DataConfig, HubDataConfig, ScenesConfig, TableConfig
 from mmft.data.cursor import RowCursor, Shuffled
 from mmft.data.imagefolder import ImageFolder
 from mmft.data.scenes import EmojiScenes
+from mmft.data.table import TableStream, open_rows, open_stream
 from mmft.types import Row
 
 
@@ -22,11 +23,18 @@ class Source(Protocol):
     def rows_without_pictures(self, limit: int | None = None) -> Iterator[Row]: ...
 
 
-def open_source(config: ScenesConfig | ImageFolderConfig, split: str, samples: int | None = None) -> Source:
-    """The rows of one split, at most `samples` of them where the source is infinite.
+def open_training(config: DataConfig) -> Source | TableStream:
+    """Rows to train on; a stream where they may be more than memory holds. Raises UserError, see `open_source`."""
+    return open_stream(config) if isinstance(config, TableConfig | HubDataConfig) else open_source(config, "train")
 
-    Raises UserError for a folder that isn't there or holds nothing usable.
+
+def open_source(config: DataConfig, split: str, samples: int | None = None) -> Source:
+    """The rows of one split, at most `samples` of them where the source is infinite or larger than memory.
+
+    Raises UserError for data that isn't there or holds nothing usable.
     """
+    if isinstance(config, TableConfig | HubDataConfig):
+        return open_rows(config, split, samples)
     if isinstance(config, ScenesConfig):
         return EmojiScenes(
             samples or config.samples, "heldout" if split == "heldout" else "train", config.seed, config.prompt
@@ -43,13 +51,13 @@ def open_source(config: ScenesConfig | ImageFolderConfig, split: str, samples: i
     )
 
 
-def open_cursor(source: Source, seed: int) -> RowCursor:
+def open_cursor(source: Source | TableStream, seed: int) -> RowCursor:
     """Training rows of a source in an endless order."""
-    return source.cursor(seed) if hasattr(source, "cursor") else Shuffled(source, seed)
+    return source.cursor(seed) if isinstance(source, TableStream) else Shuffled(source, seed)
 
 
-def first_rows(source: Source, count: int) -> list[Row]:
+def first_rows(source: Source | TableStream, count: int) -> list[Row]:
     """The first rows of a source, with their pictures."""
-    if hasattr(source, "first"):
+    if isinstance(source, TableStream):
         return source.first(count)
     return [source[i] for i in range(min(count, len(source)))]

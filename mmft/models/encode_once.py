@@ -25,7 +25,6 @@ from mmft.models.prompts import Prompt, cat_padded, stack_pictures
 Way = Literal["outputs", "tower", "off"]
 
 _BATCH = 16  # pictures encoded at once
-_STEADY_BATCH = 4  # on a CPU, where arithmetic depends on how many go together
 _BATCH_ELEMENTS = 2**23  # and their pixels together: a large picture fills two cores alone
 PIXELS = {"pixel_values", "flattened_patches"}
 _TEXT_INPUTS = {"input_ids", "decoder_input_ids", "inputs_embeds"}
@@ -52,8 +51,8 @@ class FeatureStore:
 
     `hits` and `misses` count lookups; a miss is one pass of the tower. Weights of tower and connector are taken as
     they are: whoever changes them calls `clear`.
-    `steady`: on a CPU, always encode equally many at once, so that features are the same to the bit whatever is known
-    already: a resumed run begins with an empty store.
+    `steady`: on a CPU, whose arithmetic depends on how many pictures go together, encode each alone: features are then
+    the same to the bit whatever is known already, and a resumed run begins with an empty store.
     """
 
     def __init__(self, model: nn.Module, budget: int, way: Way | None = None, steady: bool = False):
@@ -148,12 +147,11 @@ class FeatureStore:
     def _encode(self, prompts: list[Prompt]) -> list[Any]:
         began = time.perf_counter()
         encoded: list[Any] = []
-        steady = self.steady and next(self.model.parameters()).device.type == "cpu"
+        alone = self.steady and next(self.model.parameters()).device.type == "cpu"
         with self.around() if prompts else nullcontext():
-            for batch in _equal_batches(prompts, _STEADY_BATCH if steady else _BATCH):
-                filled = batch + [batch[-1]] * (_most(batch[0], _STEADY_BATCH) - len(batch) if steady else 0)
-                parts = split_output(self._run(filled), len(filled)) if len(filled) > 1 else None
-                encoded += parts[: len(batch)] if parts else [self._run([prompt]) for prompt in batch]
+            for batch in _equal_batches(prompts, 1 if alone else _BATCH):
+                parts = split_output(self._run(batch), len(batch)) if len(batch) > 1 else None
+                encoded += parts or [self._run([prompt]) for prompt in batch]
         self._seconds += time.perf_counter() - began
         return encoded
 
@@ -238,17 +236,13 @@ def pinned(part: nn.Module | None, output: Any) -> Any:
     return nullcontext() if part is None or output is None else _in_place_of(part, output)
 
 
-def _most(prompt: Prompt, limit: int) -> int:
-    """How many prompts with such pictures are encoded at once."""
-    elements = sum(t.numel() for t in prompt.pictures.values())
-    return max(1, min(limit, _BATCH_ELEMENTS // max(1, elements)))
-
-
 def _equal_batches(prompts: list[Prompt], limit: int) -> Iterator[list[Prompt]]:
     """Runs of prompts with pictures alike, so that no padding changes what a tower sees, and each gives as much."""
     batch: list[Prompt] = []
     for prompt in prompts:
-        if batch and not (len(batch) < _most(prompt, limit) and _alike(batch[0].pictures, prompt.pictures)):
+        elements = sum(t.numel() for t in prompt.pictures.values())
+        room = len(batch) < limit and (len(batch) + 1) * elements <= _BATCH_ELEMENTS
+        if batch and not (room and _alike(batch[0].pictures, prompt.pictures)):
             yield batch
             batch = []
         batch.append(prompt)

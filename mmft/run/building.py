@@ -12,7 +12,8 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.integrations import get_reporting_integration_callbacks
 
 from mmft.config import Recipe, dump_recipe
-from mmft.data.sources import Source, open_cursor, open_source
+from mmft.data.sources import Source, open_cursor, open_source, open_training
+from mmft.data.table import TableStream
 from mmft.models.policy import Policy
 from mmft.report.folder import RunFolder, write_atomic
 from mmft.report.progress import ProgressReporter
@@ -36,7 +37,7 @@ class Job:
     """What a recipe needs before a model loads."""
 
     recipe: Recipe
-    train: Source
+    train: Source | TableStream
     heldout: Source
     reward: RewardFunction
     processes: Processes
@@ -46,7 +47,7 @@ def prepare(recipe: Recipe) -> Job:
     """Data and reward, checked against each other. Raises UserError before a model is touched."""
     _refuse_what_is_not_there(recipe)
     processes = Processes(cpu=device_of(recipe) == "cpu")
-    source = open_source(recipe.data, "train")
+    source = open_training(recipe.data)
     heldout = open_source(recipe.data, recipe.eval.split, recipe.eval.samples)
     reward = build_reward(recipe.reward, device_of(recipe))
     reward.check(itertools.chain(source.rows_without_pictures(FIT_ROWS), heldout.rows_without_pictures(FIT_ROWS)))

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from mmft.config import ImageFolderConfig, Recipe, ScenesConfig, load_recipe
+from mmft.config import DataConfig, Recipe, load_recipe
 from mmft.data.pictures import UNREADABLE, load_picture
 from mmft.data.preview import contact_sheet
 from mmft.data.sources import open_source
@@ -62,7 +62,7 @@ def generate(target: str, images: Sequence[Path], prompt: str | None = None) -> 
     return caption_rows(_load(run, recipe), rows, recipe)[0]
 
 
-def preview(data: ScenesConfig | ImageFolderConfig, rows: int, out: Path) -> Path:
+def preview(data: DataConfig, rows: int, out: Path) -> Path:
     """A contact sheet of the first training rows."""
     source = open_source(data, "train")
     return contact_sheet([source[i] for i in range(min(rows, len(source)))], out)
