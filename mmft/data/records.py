@@ -89,7 +89,7 @@ class _TableStream:
     def __iter__(self) -> Iterator[Record]:
         while self.part < len(self.order):
             part = self.records.parts[self.order[self.part]]
-            lines: Iterator[tuple[int, bytes | dict[str, Any], int]]
+            lines: Iterator[tuple[int, Any, int]]
             lines = _read_jsonl(part) if part.file.suffix == ".jsonl" else _read_parquet(part)
             for number, (row, data, size) in enumerate(lines):
                 if number < self.skip:

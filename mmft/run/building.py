@@ -9,7 +9,6 @@ from typing import Any
 
 from rich.console import Console
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
-from transformers.integrations import get_reporting_integration_callbacks
 
 from mmft.config import Recipe, dump_recipe
 from mmft.data.sources import Source, open_cursor, open_source, open_training
@@ -17,6 +16,7 @@ from mmft.data.table import TableStream
 from mmft.models.policy import Policy
 from mmft.report.folder import RunFolder, write_atomic
 from mmft.report.progress import ProgressReporter
+from mmft.report.trackers import Tracker, check_trackers
 from mmft.rewards.combine import RewardFunction, build_reward
 from mmft.run.captioning import PeriodicEvaluation
 from mmft.run.checkpointing import Checkpoints, save
@@ -61,11 +61,7 @@ def _refuse_what_is_not_there(recipe: Recipe) -> None:
         raise UserError("model.lora.dropout: PPO compares log-probabilities of two passes, so it must be 0")
     if recipe.hub.repo:
         raise UserError("hub.repo: pushing is not available yet; the adapter folder can be uploaded by hand")
-    try:
-        for tracker in get_reporting_integration_callbacks(list(recipe.logging.report_to)):
-            tracker()
-    except (ValueError, RuntimeError, ImportError) as error:
-        raise UserError(f"logging.report_to: {str(error).splitlines()[0]}") from error
+    check_trackers(recipe.logging.report_to)
 
 
 def build_trainer(job: Job, policy: Policy, run: RunFolder) -> VisionPPOTrainer:
@@ -90,6 +86,9 @@ def build_trainer(job: Job, policy: Policy, run: RunFolder) -> VisionPPOTrainer:
         wanted = trainer.ranks.is_main and every and (step % every == 0 or step == 1)
         if wanted and rollout.reward is not None:
             run.write_samples(step, rollout.captions, rollout.rows, rollout.reward, rollout.finished_B.tolist())
+            for callback in trainer.callback_handler.callbacks:
+                if isinstance(callback, Tracker):
+                    callback.log_samples(step, rollout.captions, rollout.rows, rollout.reward)
 
     def save_models(folder: Path) -> None:
         save(folder, policy, trainer, job.reward, job.heldout[0])
@@ -196,7 +195,9 @@ def trainer_arguments(recipe: Recipe, run: RunFolder, processes: int = 1) -> Vis
         l2=recipe.anchor.l2,
         adapter_penalty=recipe.adapter_penalty,
         weight_decay=0.0,
-        report_to=list(recipe.logging.report_to),
+        report_to=[],  # trackers are opened when it is known where the run goes on
+        run_name=run.path.name,
+        project="mmft",
         save_strategy="no",
         logging_steps=1,
         disable_tqdm=True,

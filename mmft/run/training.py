@@ -25,6 +25,7 @@ from mmft.report.html import write_report
 from mmft.report.progress import ProgressReporter
 from mmft.report.samples import write_eval_samples
 from mmft.report.table import print_evaluation
+from mmft.report.trackers import open_trackers
 from mmft.run.building import Job, build_trainer, eval_rows, guard_metric, prepare
 from mmft.run.captioning import caption_rows
 from mmft.run.checkpointing import Checkpoints, save
@@ -85,6 +86,9 @@ def _train_in(run: RunFolder, resumed: Resumed, job: Job, console: Console) -> P
     checkpoints = next(c for c in trainer.callback_handler.callbacks if isinstance(c, Checkpoints))
     if not resumed.new:
         checkpoints.load(resumed.checkpoint, console)
+    if main:
+        for tracker in open_trackers(recipe.logging.report_to, run, trainer.state.global_step):
+            trainer.add_callback(tracker)
     rows = eval_rows(job)
     before, before_ended = _captions_before(run, policy, rows, job, trainer, console)
     _train(trainer, checkpoints, console)
