@@ -15,8 +15,8 @@ from mmft.config import ImageFolderConfig, Recipe, ScenesConfig, load_recipe, lo
 from mmft.types import Stopped, UserError
 
 COMMANDS = [
-    "train", "eval", "generate", "report", "recipes", "validate", "data preview", "reward train", "reward score",
-    "reward data",
+    "train", "eval", "generate", "report", "recipes", "validate", "plan", "replay", "data preview", "reward train",
+    "reward score", "reward data",
 ]  # fmt: skip
 
 
@@ -42,6 +42,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, ...]]:
     results = {
         "train": None, "evaluate": None, "generate": ["a dog"], "preview": Path("sheet.png"), "train_reward": None,
         "evaluate_reward": None, "score_captions": [{"caption": "a dög", "reward": 0.5}], "write_judgements": 7,
+        "replay_batch": False,
     }  # fmt: skip
     for name, result in results.items():
         setattr(job, name, recorder(name, result))
@@ -83,6 +84,7 @@ def test_no_arguments_shows_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["validate", "caption_ppo", "train.batch=63"], "error: recipes/caption_ppo.yaml: train."),
         (["generate", "run", "nowhere.png"], "error: nowhere.png: no such picture"),
         (["report", "nowhere"], "error: nowhere: no such run folder"),
+        (["replay", "nowhere.safetensors"], "error: nowhere.safetensors: no such file"),
         (["reward", "trian"], "error: No such command 'trian'. Did you mean 'train'?"),
         (["reward", "train", "captoin"], "error: captoin: no such recipe; did you mean reward_models/caption.yaml?"),
         (["reward", "train", "caption", "lr=1"], "error: command line: lr: unknown key; did you mean train.lr?"),
@@ -176,6 +178,14 @@ def test_generate_prints_a_caption_a_picture(
     assert main(["generate", "runs/x", str(picture), "--prompt", "What?"]) == 0
     assert capsys.readouterr().out == f"{picture}: a dog\n"
     assert calls == [("generate", "runs/x", [picture], "What?")]
+
+
+def test_replay_passes_overrides_and_tells_that_numbers_are_not_finite(
+    calls: list[tuple[object, ...]], tmp_path: Path
+) -> None:
+    (tmp_path / "batch").touch()
+    assert main(["replay", str(tmp_path / "batch"), "train.precision=fp32"]) == 1
+    assert calls == [("replay_batch", tmp_path / "batch", ["train.precision=fp32"])]
 
 
 def test_preview_shows_the_scenes_or_a_recipes_data(calls: list[tuple[object, ...]]) -> None:

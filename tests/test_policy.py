@@ -43,7 +43,15 @@ from mmft.models.policy import (
     picture_token_ids,
 )
 from mmft.models.processors import ProcessorPair, load_processor
-from mmft.models.prompts import Prompt, PromptBuilder, pad_prompts, prompts_of, stack_pictures
+from mmft.models.prompts import (
+    Prompt,
+    PromptBuilder,
+    pad_prompts,
+    prompts_of,
+    special_tokens,
+    stack_pictures,
+    without_special,
+)
 from mmft.models.scoring import PolicyWithCritic, TokenScores
 from mmft.train import rollout as rollouts
 from mmft.types import Row, UserError
@@ -227,9 +235,25 @@ def test_boundaries_count_and_rates_do_not() -> None:
     assert picture_token_ids(model, holder) == [1, 2, 3, 4, 5, 6, 13]
 
 
-def test_a_prompt_with_a_placeholder_is_refused() -> None:
-    with pytest.raises(UserError, match=r"row r1: the prompt holds the picture placeholder '<image>'"):
-        PromptBuilder(tiny.processor())(Row("r1", tiny.rows(1)[0].image, "an <image> here"))
+@pytest.mark.parametrize("spelled", ["<image>", "<IMAGE>", "<ima<image>ge>", "</s>", "<pad><image><image>"])
+def test_a_special_token_in_a_row_s_text_stays_text(spelled: str) -> None:
+    """Or a question could stand for a picture that is not there, or end the prompt."""
+    builder, picture = PromptBuilder(tiny.processor()), tiny.rows(1)[0].image
+    special = set(builder.tokenizer.all_special_ids) | {builder.tokenizer.convert_tokens_to_ids("<image>")}
+
+    def specials(prompt: str) -> list[int]:
+        ids = builder(Row("r1", picture, prompt)).input_ids.tolist()
+        return [i for i in ids if i in special and i != builder.tokenizer.unk_token_id]
+
+    assert specials(f"an {spelled} here") == specials("an here") != []
+
+
+def test_text_without_special_tokens_is_left_as_it_is() -> None:
+    special = special_tokens(tiny.tokenizer(), "<image>")
+    for text in ("a < b > c", "image", "s", "", "<b>bold</b>", "\u202eright to left"):
+        assert without_special(text, special) == text
+    assert without_special("<image>", None) == "<image>"
+    assert without_special("see <image>!", special) == "see < image>!"
 
 
 # Prompts

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import tiny
 import torch
+from rich.console import Console
 
 from mmft import run
 from mmft.cli import main
 from mmft.config import load_recipe
 from mmft.run import building
+from mmft.run.replaying import _conclusion, _show
 from mmft.train import trainer_state
-from mmft.train.replay import NonFiniteUpdate, read_batch, replay
+from mmft.train.replay import NonFiniteUpdate, ReplayReport, RowReport, read_batch, replay
 from mmft.types import RewardOutput, UserError
+
+CENTRED = "value_model.score.2.bias"  # moved by the rollout's mean, before the update
 
 
 def poison(trainer: Any, row: int) -> None:
@@ -31,25 +37,31 @@ def poison(trainer: Any, row: int) -> None:
     trainer.on_rollout = poisoned
 
 
+def kept_by(trainer: Any, folder: Path) -> Path:
+    """Where the trainer will keep a batch that breaks."""
+    file = folder / "batch.safetensors"
+
+    def keep(data: bytes) -> Path:
+        file.write_bytes(data)
+        return file
+
+    trainer.keep_batch = keep
+    return file
+
+
 def broken(folder: Path, row: int, **changes: Any) -> tuple[Any, Path, str]:
     """A trainer whose first update broke, the file of the batch, and what was said."""
     folder.mkdir(exist_ok=True)
     trainer = tiny.trainer(tiny.vision_policy(eos_bias=3.0), folder, num_mini_batches=1, **changes)
     poison(trainer, row)
     before = trainer_state.tensors_of(trainer)
-
-    def keep(data: bytes) -> Path:
-        (folder / "batch.safetensors").write_bytes(data)
-        return folder / "batch.safetensors"
-
-    trainer.keep_batch = keep
+    file = kept_by(trainer, folder)
     with pytest.raises(NonFiniteUpdate) as error:
         trainer.train()
     after = trainer_state.tensors_of(trainer)
-    centred = "value_model.score.2.bias"  # moved by the rollout's mean, before the update
-    assert all(torch.equal(before[n], after[n]) for n in before if centred not in n)
+    assert all(torch.equal(before[n], after[n]) for n in before if CENTRED not in n)
     assert all(p.grad is None for p in trainer_state.trained(trainer).values())
-    return trainer, folder / "batch.safetensors", str(error.value)
+    return trainer, file, str(error.value)
 
 
 def test_the_row_with_the_bad_advantage_is_named(tmp_path: Path) -> None:
@@ -98,14 +110,99 @@ def test_a_reward_that_is_no_number_stops_before_the_update(tmp_path: Path) -> N
         tiny.trainer(tiny.vision_policy(), tmp_path, reward=reward).train()
 
 
-def test_a_gradient_alone_may_break(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The loss is finite, the norm of the gradient is not."""
-    folder = tmp_path / "a"
-    folder.mkdir()
-    trainer = tiny.trainer(tiny.vision_policy(), folder)
-    monkeypatch.setattr(trainer.accelerator, "clip_grad_norm_", lambda *_: torch.tensor(float("inf")))
-    with pytest.raises(NonFiniteUpdate, match="the gradient is inf at step 1; no weight was changed"):
+def test_a_gradient_alone_may_break(tmp_path: Path) -> None:
+    """The loss is finite. The first parameter going backward is the culprit, not those before it in the model."""
+    trainer = tiny.trainer(tiny.vision_policy(), tmp_path, num_mini_batches=1)
+    weights = trainer_state.trained(trainer)
+    bad = next(name for name in weights if "layers.1.self_attn.v_proj.lora_B" in name)
+    handle = weights[bad].register_hook(lambda gradient: gradient * float("inf"))
+    before = trainer_state.tensors_of(trainer)
+    file = kept_by(trainer, tmp_path)
+    with pytest.raises(NonFiniteUpdate, match="the gradient is (nan|inf) at step 1; no weight was changed"):
         trainer.train()
+    after = trainer_state.tensors_of(trainer)
+    assert all(torch.equal(before[n], after[n]) for n in before if CENTRED not in n)
+    report = replay(read_batch(file), trainer)
+    assert (report.finite, report.module, report.parameter) == (False, None, bad)
+    assert all(row.finite for row in report.rows)
+    handle.remove()
+    assert replay(read_batch(file), trainer).finite
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3, 8])
+def test_loss_and_gradients_are_those_of_the_update(
+    micro_batch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With every part of the loss, and however many rows go through the model at once."""
+    parts = {"entropy_coef": 0.1, "l2": 0.05, "whiten_advantages": False}
+    trainer = tiny.trainer(tiny.vision_policy(eos_bias=3.0), tmp_path, num_mini_batches=1, **parts)
+    tiny.stirred(trainer.policy_model, 0.1)
+    file = kept_by(trainer, tmp_path)
+    weights = trainer_state.trained(trainer)
+    met: dict[str, Any] = {}
+
+    def stop(stats: dict[str, list[float]]) -> None:
+        met.update({name: p.grad.clone() for name, p in weights.items() if p.grad is not None})
+        met["loss"] = stats["loss/total"][0]
+        raise NonFiniteUpdate("stopped")
+
+    monkeypatch.setattr(trainer.updater, "_step", stop)
+    with pytest.raises(NonFiniteUpdate):
+        trainer.train()
+    again: dict[str, Any] = {}
+
+    def look() -> None:
+        again.update({name: p.grad.clone() for name, p in weights.items() if p.grad is not None})
+        for p in weights.values():
+            p.grad = None
+
+    monkeypatch.setattr(trainer.optimizer, "zero_grad", look)
+    trainer.updater.micro_batch = micro_batch
+    again["loss"] = replay(read_batch(file), trainer).loss
+    assert again["loss"] == pytest.approx(met["loss"], rel=1e-5) and again.keys() == met.keys()
+    for name in weights.keys() & met.keys():
+        torch.testing.assert_close(again[name], met[name], rtol=1e-4, atol=1e-6)
+
+
+def test_what_is_wrong_with_a_row_is_said(tmp_path: Path) -> None:
+    trainer, file, _ = broken(tmp_path / "a", 5)
+    batch = read_batch(file)
+    for name in ("advantage_BT", "return_BT", "value_BT"):
+        getattr(batch.experience, name).nan_to_num_(0.0)
+    for tensor in batch.weights.values():
+        tensor.nan_to_num_(0.0)
+    batch.experience.advantage_BT[2] = -1.0
+    batch.experience.logprobs_BT[2] = -200.0  # e^(200 - |log pi|) is beyond fp32
+    report = replay(batch, trainer)
+    assert [row.culprit for row in report.rows if not row.finite] == ["its ratio is inf"]
+    said = _conclusion(report)
+    assert said == f"not finite: row {batch.ids[2]}: its ratio is inf"
+
+
+def test_conclusions_and_hostile_captions(capsys: pytest.CaptureFixture[str]) -> None:
+    bad = [RowReport(f"r{i}", "a [/b] [red]dog", float("nan"), 1.0, 1.0) for i in range(7)]
+    report = ReplayReport(bad, float("nan"), "layers.1", None)
+    assert _conclusion(report).startswith("not finite: row r0: its loss is nan; row r1: ")
+    assert _conclusion(report).endswith(
+        "and 2 more rows; the first module with an output that is not finite is layers.1"
+    )
+    _show(SimpleNamespace(step=3, reason="the [loss]"), report, Console())
+    said = capsys.readouterr().out
+    assert "step 3: the [loss]" in said and said.count("a [/b] [red]dog") == 7
+    good = RowReport("r", "c", 0.5, 1.0, 1.0)
+    assert _conclusion(ReplayReport([good], 0.25, None, None)) == "all is finite now: the loss is 0.25"
+    together = _conclusion(ReplayReport([good], float("inf"), None, None))
+    assert together == "not finite: each row's loss is finite, and that of all is inf"
+
+
+def test_batches_of_another_model_or_without_rows(tmp_path: Path) -> None:
+    trainer, file, _ = broken(tmp_path / "a", 5)
+    batch = read_batch(file)
+    with pytest.raises(UserError, match="no rows of this process"):
+        replay(dataclasses.replace(batch, ids=[]), trainer)
+    name = next(iter(batch.weights))
+    with pytest.raises(UserError, match="of another model"):
+        replay(dataclasses.replace(batch, weights={**batch.weights, name: torch.zeros(1)}), trainer)
 
 
 def test_files_that_are_no_batches(tmp_path: Path) -> None:
@@ -143,5 +240,5 @@ def test_from_the_command_line(
     capsys.readouterr()
     assert main(["replay", str(file)]) == 1
     said = capsys.readouterr().out
-    assert "step 1: the loss is nan" in said and "not finite: rows " in said
+    assert "step 1: the loss is nan" in said and "not finite: row " in said and "its advantage is nan" in said
     assert main(["replay", str(tmp_path / "nothing")]) == 2

@@ -20,6 +20,9 @@ DEFAULT_COLUMNS: dict[str, tuple[str, ...]] = {
 }
 
 
+MOST_CHARACTERS = 20_000  # of a caption or question: longer ones are no captions, and take hours to compare
+
+
 class BadRow(ValueError):
     """Why one row cannot be used; its text is the reason alone."""
 
@@ -123,6 +126,8 @@ def _check_unicode(key: str, text: str) -> None:
     """JSON can spell half a surrogate pair, which no tokenizer or file would take later."""
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise BadRow(f"{key}: text with half a surrogate pair")
+    if len(text) > MOST_CHARACTERS:
+        raise BadRow(f"{key}: text of {len(text)} characters, more than {MOST_CHARACTERS}")
 
 
 def _kind(value: Any) -> str:

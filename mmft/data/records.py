@@ -98,9 +98,8 @@ class _TableStream:
                 if self.counts:
                     self.records.bad_rows.seen(1)
                 try:
-                    if isinstance(data, bytes):
-                        data = parse_line(data)
-                    yield Record(str(part.file), row, data, size)
+                    record: Any = parse_line(data) if isinstance(data, bytes) else data
+                    yield Record(str(part.file), row, record, size)
                 except BadRow as error:
                     self.records.bad_rows.add(str(part.file), row, str(error))
             self.part, self.skip = self.part + 1, 0

@@ -7,6 +7,8 @@ them; there is no second index that could go wrong.
 from __future__ import annotations
 
 import hashlib
+import re
+import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -65,6 +67,23 @@ def _digest(*parts: bytes | Tensor) -> bytes:
     return digest.digest()
 
 
+def special_tokens(tokenizer: Any, *more: str) -> re.Pattern[str] | None:
+    """Finds what a tokenizer would take for a special token; None where it has none of more than a character."""
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    spelled = {*tokenizer.all_special_tokens, *(token.content for token in added if token.special), *more}
+    long = sorted((text for text in spelled if len(text) > 1), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, long)), re.IGNORECASE) if long else None
+
+
+def without_special(text: str, special: re.Pattern[str] | None) -> str:
+    """The text with a blank within each special token that is spelled in it, which keeps it readable and nothing more
+    than words.
+    """
+    while special is not None and special.search(text):
+        text = special.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)
+    return text
+
+
 class PromptBuilder:
     """Turns rows into prompts with a processor (or a bare tokenizer, for text alone)."""
 
@@ -74,6 +93,11 @@ class PromptBuilder:
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self._writes_placeholder: bool | None = None
+        self._lock = threading.Lock()
+
+    @cached_property
+    def special(self) -> re.Pattern[str] | None:
+        return special_tokens(self.tokenizer, self.placeholder)
 
     @property
     def pad_id(self) -> int:
@@ -86,11 +110,14 @@ class PromptBuilder:
         return str(token) if token else ""
 
     def __call__(self, row: Row) -> Prompt:
-        """Raises UserError for a prompt that holds the picture placeholder, which would stand for a picture that isn't
-        there, for one without a token, and for more pictures than the processor takes.
+        """A row's text is text: a special token spelled in it, such as a picture's placeholder, stays ordinary words.
+
+        Raises UserError for a prompt without a token, and for more pictures than the processor takes.
         """
-        if self.placeholder and self.placeholder in row.prompt:
-            raise UserError(f"row {row.id}: the prompt holds the picture placeholder {self.placeholder!r}; remove it")
+        with self._lock:  # tokenizers are not made for several threads
+            return self._build(row)
+
+    def _build(self, row: Row) -> Prompt:
         pictures = row.pictures
         text = self._text(row)
         bos = self.tokenizer.bos_token
@@ -170,9 +197,10 @@ class PromptBuilder:
             transformers_logging.set_verbosity(level)
 
     def _text(self, row: Row) -> str:
+        said = without_special(row.prompt, self.special)
         if not getattr(self.processor, "chat_template", None):
-            return row.prompt
-        content = [*({"type": "image"} for _ in row.pictures), {"type": "text", "text": row.prompt}]
+            return said
+        content = [*({"type": "image"} for _ in row.pictures), {"type": "text", "text": said}]
         message = {"role": "user", "content": content}
         return self.processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
 

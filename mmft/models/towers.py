@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, PreTrainedModel
 
-from mmft.models.prompts import Prompt, PromptBuilder, pad_prompts, pad_sequences
+from mmft.models.prompts import Prompt, PromptBuilder, pad_prompts, pad_sequences, special_tokens, without_special
 from mmft.types import Row, UserError
 
 # log p is of the order of 10 where features are of the order of 1.
@@ -160,11 +160,13 @@ class TextTower:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.max_length = min(max_length, getattr(self.model.config, "max_position_embeddings", max_length))
         self.dim = _hidden_size(self.model)
+        self.special = special_tokens(self.tokenizer)
 
     @torch.no_grad()
     def __call__(self, captions: Sequence[str], rows: Sequence[Row], batch: int = 256) -> Tokens:
         parameter = next(self.model.parameters())
         # Captions of one length together: less padding, and what comes out is put back in order.
+        captions = [without_special(caption, self.special) for caption in captions]
         order = sorted(range(len(captions)), key=lambda i: len(captions[i]))
         parts = []
         for start in range(0, len(order), batch):
@@ -227,6 +229,7 @@ class GroundedTextTower:
         shared = {k: v.to(device, model.dtype) if v.is_floating_point() else v.to(device) for k, v in shared.items()}
         first = model(**shared, use_cache=True, output_hidden_states=True, logits_to_keep=1)
         end = [self.tokenizer.eos_token_id]
+        captions = [without_special(caption, self.builder.special) for caption in captions]
         ids = self.tokenizer(captions, add_special_tokens=False, truncation=True, max_length=self.max_length - 1)
         tokens = pad_sequences([torch.tensor(i + end) for i in ids["input_ids"]], self.builder.pad_id, "right")
         own = own.to(device)

@@ -16,7 +16,7 @@ import re
 import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ CHECKPOINTS, ADAPTER, REWARD, PICTURES, REPORT = "checkpoints", "adapter", "rewa
 # Any of these makes a folder a run that a new one must not mix with.
 _MARKS = (RECIPE, METRICS, SAMPLES, EVAL, CHECKPOINTS, ADAPTER)
 _APPENDED = (METRICS, TIMING, SAMPLES, DROPPED)
-_APPENDING = threading.Lock()
+_APPENDING = threading.RLock()
 # What trainers log of the clock, beside our own `time/...`.
 _CLOCK = re.compile(r"time/|(train|eval)_runtime$|\w+_per_second$|eps$")
 
@@ -56,9 +56,10 @@ class RunFolder:
             raise UserError(f"{self.path}: no such run folder")
 
     @classmethod
-    def create(cls, root: str | Path, name: str) -> RunFolder:
+    def create(cls, root: str | Path, name: str, recipe: str | None = None) -> RunFolder:
         """Makes `root/name`, or `root/name-2`, `-3`, ... where a run is already there.
 
+        recipe: its text, written in the same step, so that of two runs started at once each has a folder of its own.
         Writes and removes a probe, so that a full disk or a missing permission shows before a model loads.
         Raises UserError where the name is no folder name or nothing can be written.
         """
@@ -72,6 +73,12 @@ class RunFolder:
                 with tempfile.TemporaryFile(dir=path) as probe:
                     probe.write(b"probe")
                     probe.flush()
+                if recipe is not None:
+                    try:
+                        with open(path / RECIPE, "x", encoding="utf-8") as file:  # one of two creates it
+                            file.write(recipe)
+                    except FileExistsError:
+                        continue
             return cls(path)
         raise AssertionError("unreachable: numbers do not run out")
 
@@ -124,15 +131,15 @@ class RunFolder:
 
     def append_bad_row(self, row: Mapping[str, Any]) -> None:
         """A row that was left out: {"file", "row", "reason"}. Each is listed once, whoever found it."""
-        path = self.path / BAD_ROWS
-        size = path.stat().st_size if path.is_file() else 0
-        if size != self._bad_size:  # another process, or an earlier one of this run, has written
-            self._bad = {json.dumps(known, sort_keys=True) for known in read_lines(path)}
-        key = json.dumps(row, sort_keys=True)
-        if key not in self._bad:
-            self._append(BAD_ROWS, [row])
-            self._bad.add(key)
-        self._bad_size = path.stat().st_size
+        path, key = self.path / BAD_ROWS, json.dumps(row, sort_keys=True)
+        with _APPENDING:
+            size = path.stat().st_size if path.is_file() else 0
+            if size != self._bad_size:  # another process, or an earlier one of this run, has written
+                self._bad = {json.dumps(known, sort_keys=True) for known in read_lines(path)}
+            if key not in self._bad:
+                self._append(BAD_ROWS, [row])
+                self._bad.add(key)
+            self._bad_size = path.stat().st_size
 
     def append_dropped(self, reason: str, row: Row, caption: str) -> None:
         """A caption that got no reward, and why."""
@@ -149,6 +156,13 @@ class RunFolder:
     def write_text(self, name: str, text: str) -> Path:
         """Replaces a text file in one step."""
         return self._replace(name, text)
+
+    def write_bytes(self, name: str, data: bytes) -> Path:
+        """Replaces a file in one step."""
+        path = self.path / name
+        with _writing(path):
+            write_atomic(path, data)
+        return path
 
     # -- stopping and going on -----------------------------------------------------------------------------------
 
@@ -168,20 +182,28 @@ class RunFolder:
 
         Raises UserError for a file that is shorter than it was then.
         """
+        for name, size in positions.items():  # all of them, before the first is cut
+            path = self.path / name
+            there = path.stat().st_size if path.is_file() else 0
+            if there < size:
+                raise UserError(f"{path}: shorter than at the checkpoint ({there} of {size} bytes)")
         for name in _APPENDED:
             path, size = self.path / name, positions.get(name)
-            there = path.stat().st_size if path.is_file() else None
-            if size is not None and (there is None or there < size):
-                raise UserError(f"{path}: shorter than at the checkpoint ({there or 0} of {size} bytes)")
             with _writing(path):
                 if size is None:
                     path.unlink(missing_ok=True)
                 else:
                     os.truncate(path, size)
 
-    def lock(self) -> AbstractContextManager[None]:
-        """Held while a run writes here: a second one is refused, as UserError."""
-        return folder_lock(self.path)
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Held while a run writes here: a second one is refused, as UserError. Cuts the lines that a killed run left
+        half-written, or the next ones would be glued to them.
+        """
+        with folder_lock(self.path):
+            for name in (*_APPENDED, BAD_ROWS):
+                _cut_torn_line(self.path / name)
+            yield
 
     @classmethod
     def last_run(cls, root: str | Path, name: str) -> RunFolder | None:
@@ -234,10 +256,7 @@ class RunFolder:
                 raise
 
     def _replace(self, name: str, text: str) -> Path:
-        path = self.path / name
-        with _writing(path):
-            write_atomic(path, text.encode("utf-8", "replace"))
-        return path
+        return self.write_bytes(name, text.encode("utf-8", "replace"))
 
 
 def is_reward_folder(path: str | Path) -> bool:
@@ -325,6 +344,19 @@ def _claim(path: Path) -> bool:
     except FileExistsError:
         return path.is_dir() and not any((path / mark).exists() for mark in _MARKS)
     return True
+
+
+def _cut_torn_line(path: Path) -> None:
+    if path.is_file():
+        with _writing(path), open(path, "rb+") as file:
+            end = file.seek(0, os.SEEK_END)
+            while end:  # backwards in blocks: the file may be large
+                start = max(0, end - 4096)
+                file.seek(start)
+                end = start + file.read(end - start).rfind(b"\n") + 1
+                if end > start:
+                    break
+            file.truncate(end)
 
 
 def _umask() -> int:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from mmft.functional.normalize import RunningStats, minmax, zscore
-from mmft.rewards.parallel import ParallelTerm
+from mmft.rewards.parallel import ParallelTerm, WorkerDied
 from mmft.rewards.shaping import prefix_potentials
 from mmft.rewards.terms import Term, build_term
 from mmft.types import RewardOutput, Row, UserError
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mmft.config import RewardConfig
 
 logger = logging.getLogger(__name__)
-Gather = Callable[[list[float]], list[float]]
+Gather = Callable[[Sequence[float]], list[float]]
 NORMALIZERS = ("none", "minmax", "zscore")
 _CAPTION_TERMS = ("bleu", "detail", "length")
 _SHAPING = "(shaping)"  # in a state dict; no term can be called so
@@ -93,12 +93,10 @@ class WeightedTerm:
         Raises UserError naming the term and the first such sample unless they are to be dropped.
         """
         cause: Exception | None = None
+        failed: dict[int, str] = {}
         try:
-            values = [float(value) for value in self.term(captions, rows, finished)]
-            if len(values) != len(captions):
-                raise UserError(f"reward term {self.name!r} gave {len(values)} values for {len(captions)} captions")
-            failed: dict[int, str] = {}
-        except UserError:
+            values = self._values(captions, rows, finished)
+        except WorkerDied:  # asked again of each caption, a new one would die
             raise
         except Exception as error:
             cause = error
@@ -112,18 +110,29 @@ class WeightedTerm:
     def complaint(self, reason: str, row: Row, caption: str) -> str:
         return f"reward term {self.name!r} {reason} for sample {row.id!r}, caption {caption[:200]!r}"
 
+    def _values(self, captions: list[str], rows: list[Row], finished: Sequence[bool] | None) -> list[float]:
+        values = [float(value) for value in self.term(captions, rows, finished)]
+        if len(values) != len(captions):
+            raise UserError(f"it gave {len(values)} values for {len(captions)} captions")
+        return values
+
     def _one_by_one(
         self, captions: list[str], rows: list[Row], finished: Sequence[bool] | None, error: Exception
     ) -> tuple[list[float], dict[int, str]]:
-        """Which samples of a batch a term fails on. A failure of the batch alone is a failure of all."""
+        """Which samples of a batch a term fails on. Raises UserError where it fails on the batch alone."""
         values, failed = [], {}
         for i, (caption, row) in enumerate(zip(captions, rows, strict=True)):
             try:
-                values.append(float(self.term([caption], [row], None if finished is None else [finished[i]])[0]))
+                values += self._values([caption], [row], None if finished is None else [finished[i]])
+            except WorkerDied:
+                raise
             except Exception as own:
                 values.append(math.nan)
                 failed[i] = f"failed ({_line_of(own)})"
-        return values, failed or dict.fromkeys(range(len(rows)), f"failed on a batch ({_line_of(error)})")
+        if not failed:
+            reason = f"fails on a batch of {len(rows)} captions, on none of them alone ({_line_of(error)})"
+            raise UserError(f"reward term {self.name!r} {reason}") from error
+        return values, failed
 
     def normalized(self, values: list[float], update: bool, gather: Gather) -> list[float]:
         """E06 or E07 with the running statistics; with none yet, and none to be taken, the values as they are."""
@@ -203,7 +212,12 @@ class RewardFunction:
         """Phi(s_t) of the partial captions before each token, for the trainer's `shaped_reward`."""
         if self.shaping is None:
             raise ValueError("this reward has no shaping")
-        return prefix_potentials(self.shaping.term, prefixes, rows)
+        try:
+            return prefix_potentials(self.shaping.term, prefixes, rows)
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(f"reward term 'shaping' failed ({_line_of(error)})") from error
 
     def __call__(
         self,
@@ -222,8 +236,14 @@ class RewardFunction:
         for name, entry in self.terms.items():
             output.raw[name], why = entry.measure(texts, visible, finished, self.on_error == "drop")
             failed |= {i: entry.complaint(reason, rows[i], texts[i]) for i, reason in why.items() if i not in failed}
+        kept: list[float] = [len(rows) - len(failed)]
+        if update and self.on_error == "drop":  # in each process, whether one of its own captions failed or not
+            kept = self.gather(kept)
         if failed:
-            self._drop(failed, rows, texts)
+            if not any(kept):
+                raise UserError(f"no caption of the batch has a reward: {next(iter(failed.values()))}")
+            for i, reason in failed.items():
+                self.on_drop(reason, rows[i], texts[i])
             output.raw.update(
                 {n: [math.nan if i in failed else v for i, v in enumerate(output.raw[n])] for n in self.terms}
             )
@@ -234,13 +254,6 @@ class RewardFunction:
         counted = {n: v for n, v in output.normalized.items() if update or not self.terms[n].training_only}
         total = [0.0 if i in failed else value for i, value in enumerate(self._total(counted, len(texts)))]
         return dataclasses.replace(output, total=total, dropped=tuple(sorted(failed)))
-
-    def _drop(self, failed: Mapping[int, str], rows: Sequence[Row], captions: Sequence[str]) -> None:
-        """Tells of each sample that is left out. Raises UserError where none is left."""
-        if len(failed) == len(rows):
-            raise UserError(f"no caption of the batch has a reward: {next(iter(failed.values()))}")
-        for i, reason in failed.items():
-            self.on_drop(reason, rows[i], captions[i])
 
     def _total(self, values: Mapping[str, list[float]], count: int) -> list[float]:
         """E34 for the caption terms, E28 for it together with the others."""
@@ -259,7 +272,7 @@ class RewardFunction:
         over. It asks how well one person agrees with others, and is a fair ceiling when references are interchangeable.
         Where they differ by design (a full account, a short one) a policy that says one of them exactly can pass it;
         False scores each against all, itself included, as a policy's captions are. Statistics stay as they are. NaN
-        when no row is left.
+        when no row is left. References without a reward (`on_error`) don't count.
         """
         captions: list[str] = []
         targets: list[Row] = []
@@ -273,8 +286,11 @@ class RewardFunction:
                 targets += [dataclasses.replace(row, references=t) for t in others]
         if not captions:
             return math.nan
-        totals = iter(self(captions, targets, update=False).total)
-        return math.fsum(math.fsum(itertools.islice(totals, k)) / k for k in sizes) / len(sizes)
+        output = self(captions, targets, update=False)
+        totals = iter([math.nan if i in output.dropped else value for i, value in enumerate(output.total)])
+        known = [[value for value in itertools.islice(totals, k) if not math.isnan(value)] for k in sizes]
+        means = [math.fsum(values) / len(values) for values in known if values]
+        return math.fsum(means) / len(means)
 
     def state_dict(self) -> dict[str, Any]:
         state: dict[str, Any] = {
@@ -322,7 +338,8 @@ def build_reward(config: RewardConfig, device: str = "cpu") -> RewardFunction:
 
 
 def _line_of(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    line = (str(error).splitlines() or [""])[0]
+    return line if isinstance(error, UserError) else f"{type(error).__name__}: {line}"
 
 
 def _learned_terms(config: RewardConfig, device: str) -> list[WeightedTerm]:

@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,10 @@ from typing import Any
 
 from mmft.rewards.terms import Term, build_term
 from mmft.types import Row, UserError
+
+
+class WorkerDied(UserError):
+    """A worker process ended before its work did."""
 
 
 class ParallelTerm(Term):
@@ -34,7 +39,7 @@ class ParallelTerm(Term):
         workers: processes, at least 1.
 
     Raises:
-        UserError: as the term does, in a call too; and when a worker dies.
+        WorkerDied: in a call; else what the term raises.
     """
 
     def __init__(self, kind: str, options: Mapping[str, Any] | None = None, workers: int = 2):
@@ -84,7 +89,7 @@ class ParallelTerm(Term):
             return [value for future in futures for value in future.result()]
         except BrokenProcessPool as error:
             self.close()
-            raise UserError(
+            raise WorkerDied(
                 f"reward term {self.kind!r}: a worker process died; it was killed, ran out of memory, "
                 'or the script lacks `if __name__ == "__main__":`'
             ) from error
@@ -166,4 +171,11 @@ def _end_with_parent() -> None:
 def _score(captions: list[str], rows: list[Row], finished: list[bool] | None) -> list[float]:
     if isinstance(_term, UserError):
         raise _term
-    return _term(captions, rows, finished)
+    try:
+        return _term(captions, rows, finished)
+    except Exception as error:
+        try:
+            pickle.loads(pickle.dumps(error))
+        except Exception:  # one that cannot travel would be taken for the death of this process
+            raise UserError(f"{type(error).__name__}: {error}") from None
+        raise

@@ -14,6 +14,7 @@ from mmft.config import Recipe, dump_recipe
 from mmft.data.sources import Source, open_cursor, open_source, open_training
 from mmft.data.table import TableStream
 from mmft.models.policy import Policy
+from mmft.models.prompts import PromptBuilder
 from mmft.report.folder import RunFolder, write_atomic
 from mmft.report.progress import ProgressReporter
 from mmft.report.trackers import Tracker, check_trackers
@@ -67,6 +68,9 @@ def _refuse_what_is_not_there(recipe: Recipe) -> None:
 def build_trainer(job: Job, policy: Policy, run: RunFolder) -> VisionPPOTrainer:
     """The trainer of a recipe, logging to its run folder."""
     recipe = job.recipe
+    placeholder = PromptBuilder(policy.processor).placeholder
+    if placeholder and placeholder in recipe.data.prompt:
+        raise UserError(f"data.prompt: holds the picture placeholder {placeholder!r}, which mmft writes itself")
     trainer = VisionPPOTrainer(
         args=trainer_arguments(recipe, run, job.processes.count),
         processing_class=policy.processor,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from mmft.config import load_recipe
 from mmft.models.policy import load_policy
@@ -15,6 +16,8 @@ from mmft.run.building import build_trainer, prepare
 from mmft.run.device import device_of, dtype_of, quiet_loading
 from mmft.train.replay import Batch, ReplayReport, read_batch, replay
 from mmft.types import UserError
+
+_NAMED = 5  # rows that the conclusion tells of; the table has all
 
 
 def replay_batch(file: Path, overrides: list[str]) -> bool:
@@ -41,16 +44,24 @@ def _show(batch: Batch, report: ReplayReport, console: Console) -> None:
     table = Table("row", "caption", "loss", "largest ratio", "largest advantage", box=None)
     for row in sorted(report.rows, key=lambda row: (row.finite, -abs(row.loss) if row.finite else 0.0)):
         numbers = [f"{value:.4g}" for value in (row.loss, row.worst_ratio, row.worst_advantage)]
-        table.add_row(row.id, row.caption[:60], *numbers, style=None if row.finite else "bold red")
+        said = [Text(row.id), Text(row.caption[:60])]  # a caption may look like markup
+        table.add_row(*said, *numbers, style=None if row.finite else "bold red")
     console.print(f"step {batch.step}: {batch.reason}", markup=False, highlight=False)
     console.print(table)
-    bad = [row.id for row in report.rows if not row.finite]
+    console.print(_conclusion(report), markup=False, highlight=False, soft_wrap=True)
+
+
+def _conclusion(report: ReplayReport) -> str:
     if report.finite:
-        said = f"all is finite now: the loss is {report.loss:.6g}"
-    else:
-        said = (
-            f"not finite: rows {', '.join(bad)}" if bad else f"each row is finite; together the loss is {report.loss}"
-        )
-        said += f"; first in {report.module}" if report.module else ""
-        said += f"; gradient of {report.parameter}" if report.parameter else ""
-    console.print(said, markup=False, highlight=False)
+        return f"all is finite now: the loss is {report.loss:.6g}"
+    bad = [row for row in report.rows if not row.finite]
+    said = [f"row {row.id}: {row.culprit}" for row in bad[:_NAMED]]
+    if len(bad) > _NAMED:
+        said.append(f"and {len(bad) - _NAMED} more rows")
+    if not bad:
+        said.append(f"each row's loss is finite, and that of all is {report.loss:.6g}")
+    if report.module:
+        said.append(f"the first module with an output that is not finite is {report.module}")
+    if report.parameter:
+        said.append(f"the first gradient that is not finite is that of {report.parameter}")
+    return f"not finite: {'; '.join(said)}"

@@ -10,8 +10,9 @@ from typing import Any
 from rich.console import Console
 
 from mmft.config import Recipe, load_recipe
-from mmft.report.folder import CHECKPOINTS, RECIPE, RunFolder
-from mmft.train.checkpoint import MANIFEST, check_checkpoint, newest_checkpoint
+from mmft.report.folder import CHECKPOINTS, RECIPE, RunFolder, read_json
+from mmft.run.guard import STATE
+from mmft.train.checkpoint import MANIFEST, check_checkpoint, newest_checkpoint, steps_of
 from mmft.types import UserError
 
 # What may change without a word: it does not change a number.
@@ -20,15 +21,14 @@ _FREE = ("name", "logging.", "hub.", "accelerate", "train.keep", "train.save_eve
 
 @dataclass(frozen=True)
 class Resumed:
-    """A run to go on with. checkpoint: None where it ended before there was one; new: it is yet to begin."""
+    """A run to go on with. checkpoint: None where it ended before there was one; new: it is yet to begin; finished:
+    nothing is left to do.
+    """
 
     run: RunFolder
     checkpoint: Path | None = None
     new: bool = False
-
-    @property
-    def finished(self) -> bool:
-        return not self.new and self.run.evaluation() is not None
+    finished: bool = False
 
 
 def find_run(recipe: Recipe, where: str, force: bool, console: Console) -> Resumed:
@@ -56,7 +56,16 @@ def find_run(recipe: Recipe, where: str, force: bool, console: Console) -> Resum
         checkpoint, problems = newest_checkpoint(run / CHECKPOINTS)
         for problem in problems:
             console.print(f"[bold yellow]warning[/] {problem}; the one before it is used", highlight=False)
-    return Resumed(run, checkpoint)
+    return Resumed(run, checkpoint, finished=_is_finished(recipe, run, checkpoint))
+
+
+def _is_finished(recipe: Recipe, run: RunFolder, checkpoint: Path | None) -> bool:
+    """A run that was evaluated is, unless more steps are wanted than it took; one that the guard stopped wants none."""
+    if run.evaluation() is None or checkpoint is None:
+        return run.evaluation() is not None
+    steps = next(step for step, folder in steps_of(checkpoint.parent).items() if folder.name == checkpoint.name)
+    stopped = recipe.reward.tripwire.action == "stop" and bool((read_json(checkpoint / STATE) or {}).get("tripped"))
+    return steps >= recipe.train.steps or stopped
 
 
 def _compare(recipe: Recipe, run: RunFolder, force: bool, console: Console) -> None:

@@ -81,9 +81,13 @@ def train_reward(recipe: RewardRecipe) -> Path:
     console = Console(stderr=True)
     with console.status("reading judgements"):
         sets = open_judgements(recipe)
-    run = RunFolder.create(recipe.logging.dir, recipe.run_name)
-    run.write_recipe(dump_recipe(recipe))
+    run = RunFolder.create(recipe.logging.dir, recipe.run_name, dump_recipe(recipe))
     console.print(f"[bold]{recipe.name}[/] -> {run.path}", highlight=False)
+    with run.lock():
+        return _train_in(run, recipe, sets, console)
+
+
+def _train_in(run: RunFolder, recipe: RewardRecipe, sets: JudgementSets, console: Console) -> Path:
     set_seed(recipe.train.seed)
     quiet_loading()
     try:

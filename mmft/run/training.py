@@ -70,7 +70,7 @@ def train(recipe: Recipe, resume: str | None = None, force: bool = False) -> Pat
 
 
 def _new_run(recipe: Recipe) -> Resumed:
-    return Resumed(RunFolder.create(recipe.logging.dir, recipe.run_name), new=True)
+    return Resumed(RunFolder.create(recipe.logging.dir, recipe.run_name, dump_recipe(recipe)), new=True)
 
 
 def _train_in(run: RunFolder, resumed: Resumed, job: Job, console: Console) -> Path:

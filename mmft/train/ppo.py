@@ -36,6 +36,7 @@ from mmft.models.policy import eos_ids, picture_token_ids
 from mmft.models.prompts import Prompt, PromptBuilder, pad_prompts, prompts_of
 from mmft.models.scoring import PolicyWithCritic
 from mmft.models.selfcheck import check, most_cautious
+from mmft.models.structure import context_length
 from mmft.models.value_adapter import adapters_off, add_value_adapter, critic_parameters
 from mmft.train import rollout as rollouts
 from mmft.train.batches import NoRows, open_batches
@@ -47,7 +48,7 @@ from mmft.train.ranks import Ranks
 from mmft.train.sharding import Sharding, allow_on_cpu
 from mmft.train.undo import WholeSteps
 from mmft.train.update import Scored, Updater
-from mmft.types import RewardOutput, Row
+from mmft.types import RewardOutput, Row, UserError
 
 RewardCallable = Callable[..., RewardOutput]
 
@@ -262,7 +263,15 @@ class VisionPPOTrainer(PPOTrainer):
         return rollout, scored
 
     def _check(self, prompts: list[Prompt]) -> None:
-        """The start-up check, each process on its own prompts; all go on the way that holds for each."""
+        """The start-up check, each process on its own prompts; all go on the way that holds for each. Raises UserError
+        for a prompt that leaves no room for its response.
+        """
+        room, longest = context_length(self.interface.base), max(map(len, prompts))
+        if room is not None and longest + self.args.response_length > room:
+            raise UserError(
+                f"a prompt of {longest} tokens and a response of {self.args.response_length} do not fit the model's "
+                f"{room}; shorten questions, data.prompt or generation.max_new_tokens"
+            )
         seen = dict(self.interface.kinds)
         check(self.interface, prompts)
         if self.ranks.any(self.interface.kinds.keys() != seen.keys()):

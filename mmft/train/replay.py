@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +41,7 @@ class Batch:
     step: int
     reason: str
     recipe: str | None
+    interface: dict[str, Any]
     ids: list[str]
     captions: list[str]
     prompts: list[Prompt]
@@ -64,11 +65,17 @@ class RowReport:
     def finite(self) -> bool:
         return math.isfinite(self.loss)
 
+    @property
+    def culprit(self) -> str:
+        """Where a row is not finite, its first number that is not, in words."""
+        numbers = {"advantage": self.worst_advantage, "ratio": self.worst_ratio, "loss": self.loss}
+        return next(f"its {name} is {value}" for name, value in numbers.items() if not math.isfinite(value))
+
 
 @dataclass(frozen=True)
 class ReplayReport:
-    """rows: each by itself; loss: of all together; module, parameter: where a number first was not finite, forward and
-    in the gradient, or None.
+    """rows: each by itself; loss: of all together, with the anchor's penalty; module: the first, going forward, whose
+    output was not finite; parameter: the first, going backward, whose gradient was not, where the loss is finite.
     """
 
     rows: list[RowReport]
@@ -102,6 +109,7 @@ def packed_batch(
         "step": trainer.state.global_step + 1,
         "reason": reason,
         "recipe": getattr(trainer, "recipe_text", None),
+        "interface": trainer.interface.state_dict(),
         "ids": [rollout.rows[i].id if rollout.rows else str(i) for i in index],
         "captions": [rollout.captions[i] if rollout.captions else "" for i in index],
         "pictures": [rollout.prompts[i].picture_count for i in index],
@@ -125,8 +133,8 @@ def read_batch(path: Path) -> Batch:
     weights = {name.removeprefix("weight/"): t for name, t in tensors.items() if name.startswith("weight/")}
     prompts = [_prompt(tensors, i, count) for i, count in enumerate(record["pictures"])]
     return Batch(
-        record["step"], record["reason"], record["recipe"], record["ids"], record["captions"], prompts,
-        tensors["responses"], tensors["mask"], Experience(**fields), weights,
+        record["step"], record["reason"], record["recipe"], record["interface"], record["ids"], record["captions"],
+        prompts, tensors["responses"], tensors["mask"], Experience(**fields), weights,
     )  # fmt: skip
 
 
@@ -139,24 +147,45 @@ def _prompt(tensors: dict[str, Tensor], place: int, count: int) -> Prompt:
 
 
 def replay(batch: Batch, trainer: VisionPPOTrainer) -> ReplayReport:
-    """Loss and gradients of the batch with the weights that it met; the trainer's optimizer does nothing."""
+    """Loss and gradients of the batch with the weights that it met; the trainer's optimizer does nothing. Raises
+    UserError where the batch has no rows, or the trainer another model.
+    """
+    if not batch.ids:
+        raise UserError("the batch has no rows of this process; replay that of another")
     own = trainer_state.trained(trainer)
-    if own.keys() != batch.weights.keys():
-        raise UserError("the batch is of another model: its trained weights have other names")
+    if {n: p.shape for n, p in own.items()} != {n: t.shape for n, t in batch.weights.items()}:
+        raise UserError("the batch is of another model: its trained weights have other names or shapes")
+    trainer.interface.load_state_dict(batch.interface)
     for name, parameter in own.items():
         put(parameter, batch.weights[name])
-    device = trainer.accelerator.device
-    everything = torch.arange(len(batch.ids), device=device)
     module: list[str] = []
-    with _watching(trainer.model, module):
+    parameter: list[str] = []
+    with _watching(trainer.model, module), _watching_gradients(own, parameter):
         rows = [_row(batch, trainer, i) for i in range(len(batch.ids))]
-        loss = _loss(batch, trainer, everything)
-    parameter = None
-    if torch.isfinite(loss):
-        (loss + trainer.anchor.penalty().loss).backward()
-        parameter = next((n for n, p in own.items() if p.grad is not None and not torch.isfinite(p.grad).all()), None)
+        loss = trainer.updater.halving(lambda: _gradients(batch, trainer))
     trainer.optimizer.zero_grad()
-    return ReplayReport(rows, float(loss.detach()), module[0] if module else None, parameter)
+    broken = parameter[0] if parameter and math.isfinite(loss) else None  # of a loss of NaN all gradients are NaN
+    return ReplayReport(rows, loss, module[0] if module else None, broken)
+
+
+def _gradients(batch: Batch, trainer: VisionPPOTrainer) -> float:
+    """The loss of all rows, whose gradients are added up micro-batch by micro-batch, as in the update."""
+    experience = batch.experience
+    tokens, value_tokens = (max(1, int(m.sum())) for m in (experience.mask_BT, experience.value_mask_BT))
+    everything = torch.arange(len(batch.ids), device=trainer.accelerator.device)
+    (minibatch,) = trainer.updater.micro_batches([everything], batch.prompts, batch.mask_BT)
+    penalty = trainer.anchor.penalty().loss
+    total = float(penalty.detach())
+    if penalty.requires_grad:
+        penalty.backward()
+    for index in minibatch:
+        rows = index.cpu()
+        share = int(experience.mask_BT[rows].sum()) / tokens
+        value_share = int(experience.value_mask_BT[rows].sum()) / value_tokens
+        loss = _loss(batch, trainer, index, share, value_share)
+        loss.backward()
+        total += float(loss.detach())
+    return total
 
 
 def _row(batch: Batch, trainer: VisionPPOTrainer, i: int) -> RowReport:
@@ -176,15 +205,20 @@ def _largest(values: Tensor) -> float:
 
 def _scores(batch: Batch, trainer: VisionPPOTrainer, index: Tensor) -> Any:
     responses, mask = (tensor.to(trainer.accelerator.device) for tensor in (batch.responses_BT, batch.mask_BT))
-    return rollouts.forward(trainer.model, trainer.interface, batch.prompts, responses, mask, index)
+    wanted = bool(setting(trainer.args, "entropy_coef"))
+    return rollouts.forward(
+        trainer.model, trainer.interface, batch.prompts, responses, mask, index, entropy_grad=wanted
+    )
 
 
-def _loss(batch: Batch, trainer: VisionPPOTrainer, index: Tensor) -> Tensor:
+def _loss(
+    batch: Batch, trainer: VisionPPOTrainer, index: Tensor, share: float = 1.0, value_share: float = 1.0
+) -> Tensor:
     args, device = trainer.args, trainer.accelerator.device
     parts = {f.name: getattr(batch.experience, f.name).to(device) for f in dataclasses.fields(Experience)}
     return ppo_loss(
         _scores(batch, trainer, index), Experience(**parts), index, args.cliprange, args.cliprange_value, args.vf_coef,
-        setting(args, "entropy_coef"),
+        setting(args, "entropy_coef"), share, value_share,
     ).loss  # fmt: skip
 
 
@@ -203,6 +237,25 @@ def _watching(model: nn.Module, found: list[str]) -> Iterator[None]:
 
     leaves = [(n, m) for n, m in model.named_modules() if n and not list(m.children())]
     handles = [module.register_forward_hook(watch(name)) for name, module in leaves]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _watching_gradients(parameters: Mapping[str, nn.Parameter], found: list[str]) -> Iterator[None]:
+    """Notes the parameters whose gradient holds a number that is not finite, in the order of the backward pass."""
+
+    def watch(name: str) -> Any:
+        def hook(parameter: Tensor) -> None:
+            if not torch.isfinite(parameter.grad).all():
+                found.append(name)
+
+        return hook
+
+    handles = [p.register_post_accumulate_grad_hook(watch(name)) for name, p in parameters.items()]
     try:
         yield
     finally:

@@ -126,8 +126,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             good = found["first_batch"] <= SECONDS and found["extra_peak"] <= MEMORY
             status |= not good
             print(
-                f"{name}: {path.stat().st_size / 1e9:.1f} GB; first batch after {found['first_batch']:.1f} s (opened in "
-                f"{found['opened']:.1f}); extra memory {found['extra_at_first'] / 1e6:.0f} MB then, "
+                f"{name}: {path.stat().st_size / 1e9:.1f} GB; first batch after {found['first_batch']:.1f} s "
+                f"(opened in {found['opened']:.1f}); extra memory {found['extra_at_first'] / 1e6:.0f} MB then, "
                 f"{found['extra_half_way'] / 1e6:.0f} half-way, {found['extra_at_end'] / 1e6:.0f} after {options.rows} "
                 f"rows, {found['extra_peak'] / 1e6:.0f} at most; {found['rows_a_second']:.0f} rows/s: "
                 f"{'within' if good else 'NOT within'} {SECONDS:.0f} s and {MEMORY / 1e9:.1f} GB",
