@@ -20,6 +20,7 @@ from mmft.types import Stopped, UserError
 if TYPE_CHECKING:
     from mmft.config import Recipe, RewardRecipe
 
+LONGEST_ERROR = 800  # letters; what is quoted may be longer
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 UsageError: type[Exception] = typer.BadParameter.__base__  # type: ignore[assignment]  # typer exports only its child
@@ -354,10 +355,18 @@ def _with_resume(arguments: list[str]) -> list[str]:
 
 
 def _fail(message: str) -> int:
-    line = f"error: {' '.join(message.split())}"
+    line = f"error: {_printable(' '.join(message.split()))}"
     if not _left_to_launcher(line):
         typer.echo(line, err=True)
     return EXIT_USER_ERROR
+
+
+def _printable(text: str) -> str:
+    """A message that may quote anything, as one line that a terminal shows as it is."""
+    if len(text) > LONGEST_ERROR:
+        half = LONGEST_ERROR // 2
+        text = f"{text[:half]} ... {text[-half:]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _is_launched() -> bool:

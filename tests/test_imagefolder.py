@@ -10,6 +10,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from mmft.data.imagefolder import ImageFolder
+from mmft.data.metadata import BadRow
 from mmft.data.pictures import load_picture, to_rgb
 from mmft.data.preview import contact_sheet
 from mmft.data.typeset import font, wrap
@@ -234,25 +235,25 @@ class TestPictures:
 
     def test_sixteen_bit_grey_keeps_its_tones(self, tmp_path):
         # 65535 -> 255, 0 -> 0, 25700 / 257 = 100. Pillow's own conversion clips at 255 and gives white.
-        Image.fromarray(np.array([[0, 25700, 65535]], dtype=np.uint16)).save(tmp_path / "deep.png")
+        Image.fromarray(np.array([[0, 25700, 65535, 0]] * 4, dtype=np.uint16)).save(tmp_path / "deep.png")
         picture = load_picture(tmp_path / "deep.png")
-        assert np.asarray(picture)[0].tolist() == [[0] * 3, [100] * 3, [255] * 3]
+        assert np.asarray(picture)[0].tolist() == [[0] * 3, [100] * 3, [255] * 3, [0] * 3]
 
     def test_transparency_lies_on_white(self, tmp_path):
-        rgba = Image.new("RGBA", (2, 1), (255, 0, 0, 0))
+        rgba = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
         rgba.putpixel((1, 0), (0, 0, 255, 255))
         rgba.save(tmp_path / "rgba.png")
-        assert np.asarray(load_picture(tmp_path / "rgba.png"))[0].tolist() == [[255] * 3, [0, 0, 255]]
+        assert np.asarray(load_picture(tmp_path / "rgba.png"))[0, :2].tolist() == [[255] * 3, [0, 0, 255]]
         grey = Image.new("LA", (1, 1), (0, 128))
         # 0 * 128/255 + 255 * 127/255 = 127
         assert to_rgb(grey).getpixel((0, 0)) == (127, 127, 127)
 
     def test_palette_with_a_transparent_colour(self, tmp_path):
-        image = Image.new("P", (2, 1))
+        image = Image.new("P", (4, 4))
         image.putpalette([255, 0, 0, 0, 128, 0])
         image.putpixel((1, 0), 1)
         image.save(tmp_path / "p.png", transparency=0)
-        assert np.asarray(load_picture(tmp_path / "p.png"))[0].tolist() == [[255] * 3, [0, 128, 0]]
+        assert np.asarray(load_picture(tmp_path / "p.png"))[0, :2].tolist() == [[255] * 3, [0, 128, 0]]
 
     def test_cmyk_jpeg(self, tmp_path):
         Image.new("CMYK", (16, 16), (0, 255, 255, 0)).save(tmp_path / "ink.jpg", quality=95)
@@ -268,11 +269,31 @@ class TestPictures:
         assert to_rgb(image).getpixel((0, 0)) == (0, 255, 255)
 
     def test_exif_orientation(self, tmp_path):
-        image = Image.new("RGB", (4, 2))
+        image = Image.new("RGB", (8, 4))
         exif = image.getexif()
         exif[0x0112] = 6  # taken with the camera on its side
         image.save(tmp_path / "phone.jpg", exif=exif)
-        assert load_picture(tmp_path / "phone.jpg").size == (2, 4)
+        assert load_picture(tmp_path / "phone.jpg").size == (4, 8)
+
+    def test_broken_camera_notes_are_ignored(self, tmp_path):
+        save(tmp_path / "phone.jpg", exif=b"Exif\0\0MM\0\x2a\0\0\0\x08\0\x01\x01\x12\0\x63\xff\xff\xff\xff")
+        assert load_picture(tmp_path / "phone.jpg").size == (8, 6)
+
+    @pytest.mark.parametrize(
+        ("size", "shown"),
+        [
+            ((1, 1), (4, 4)), ((3, 500), (10, 500)), ((2, 3), (4, 6)), ((1, 4000), (80, 4000)),
+            ((900, 18), (900, 18)), ((901, 18), (901, 19)), ((5, 4), (5, 4)),
+        ],
+    )  # fmt: skip
+    def test_dots_and_lines_become_pictures(self, tmp_path, size, shown):
+        """Processors take three rows of pixels for three channels, and refuse what is too slender."""
+        save(tmp_path / "p.png", (9, 8, 7), size)
+        picture = load_picture(tmp_path / "p.png")
+        assert picture.size == shown
+        own = (np.asarray(picture) == (9, 8, 7)).all(-1)
+        assert own.sum() == (shown[0] * shown[1] if shown[0] * size[1] == shown[1] * size[0] else size[0] * size[1])
+        assert (np.asarray(picture)[~own] == 255).all()
 
     @pytest.mark.parametrize("mode", ["1", "L", "P", "RGBX", "YCbCr", "HSV", "LAB", "PA", "La", "RGBa", "F", "I"])
     def test_every_other_mode(self, mode):
@@ -289,12 +310,37 @@ class TestPictures:
         save(tmp_path / "dot.png", size=(1, 1))
         frames = [Image.new("P", (3, 3), i) for i in range(3)]
         frames[0].save(tmp_path / "moves.gif", save_all=True, append_images=frames[1:])
-        assert [row.image.size for row in ImageFolder(tmp_path, split="all")] == [(1, 1), (3, 3)]
+        rows = ImageFolder(tmp_path, split="all")
+        assert [row.image.getpixel((3, 3)) for row in rows] == [(200, 30, 30), (0, 0, 0)]  # the first frame
 
     def test_a_bomb_is_a_bad_row(self, folder, monkeypatch):
-        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)  # the three pictures have 48, beyond twice that
-        with pytest.raises(UserError, match="no usable rows"):
+        for limit in (10, 47):  # the three pictures have 48: beyond twice the first, where Pillow itself refuses
+            monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+            with pytest.raises(UserError, match=r"no usable rows; .* unreadable picture \(.*48 pixels|8 x 6 pixels"):
+                ImageFolder(folder)
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 48)
+        assert len(ImageFolder(folder, split="all")) == 3
+
+    def test_a_decoder_s_own_error_is_a_bad_row(self, folder, monkeypatch):
+        def broken(self):
+            raise KeyError(3)
+
+        monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.verify", broken)
+        with pytest.raises(UserError, match=r"unreadable picture \(KeyError: 3\) \(and 2 more\)"):
             ImageFolder(folder)
+
+    def test_rows_can_be_refused_later(self, folder):
+        """As by a model whose context is too short for them."""
+        metadata(folder, *({"file_name": f"{n}.png", "question": n * 9} for n in "abc"))
+        data = ImageFolder(folder, split="all")
+
+        def accept(row):
+            if "b" in row.prompt:
+                raise BadRow("too long")
+
+        data.accept_only(accept)
+        assert [row.id for row in data] == ["a.png", "c.png", "c.png"]
+        assert data.bad_rows == [{"file": str(folder / "metadata.jsonl"), "row": 2, "reason": "b.png: too long"}]
 
 
 class TestContactSheet:

@@ -101,7 +101,7 @@ class TestReading:
         assert not isinstance(first.picture.source, bytes)
         assert first.open_picture().getpixel((0, 0)) == (1, 0, 7)
         row = other.row()
-        assert (row.id, row.prompt, row.image.size) == (other.picture_key, "Describe the picture.", (4, 3))
+        assert (row.id, row.prompt, row.image.size) == (other.picture_key, "Describe the picture.", (8, 6))  # of 4 x 3
         assert other.row(picture=False).image is None
 
     def test_parquet_with_paths_bytes_and_what_datasets_writes(self, folder):

@@ -90,6 +90,8 @@ def _load(path: str | Path, overrides: Sequence[str], schema: type[R], kind: str
     try:
         # JSON is pydantic's strict mode with lists for tuples: "3" is no number and 1 is no boolean.
         return schema.model_validate_json(json.dumps(raw), strict=True)
+    except TypeError as error:  # bytes, which YAML can spell and no key takes
+        raise RecipeError(f"{file}: {_first_line(error)}") from error
     except ValidationError as error:
         key, complaint = summarize(error.errors(), schema)
     where = COMMAND_LINE if _from_command_line(key, set_keys, from_file) else file
@@ -121,7 +123,7 @@ def _read(file: Path) -> DictConfig:
     except yaml.MarkedYAMLError as error:
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         raise RecipeError(f"{file}: {line}{error.problem}") from error
-    except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
+    except Exception as error:  # YAML's constructors of numbers, dates and binaries raise whatever they please
         raise RecipeError(f"{file}: not a readable YAML file: {_first_line(error)}") from error
     # OmegaConf reads a bare word as {word: None}; both that and a list are no recipe.
     if not isinstance(config, DictConfig) or not config:

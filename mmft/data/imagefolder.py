@@ -17,7 +17,18 @@ from typing import Any
 from PIL.Image import Image
 
 from mmft.data.bad_rows import BadRows, describe
-from mmft.data.metadata import BadRow, file_name_of, numbered_lines, parse_line, resolve_columns, text_of, texts_of
+from mmft.data.metadata import (
+    Accept,
+    BadRow,
+    check_references,
+    file_name_of,
+    numbered_lines,
+    parse_line,
+    resolve_columns,
+    take_any,
+    text_of,
+    texts_of,
+)
 from mmft.data.pictures import UNREADABLE, load_picture, verify_picture
 from mmft.types import Row, UserError
 
@@ -54,6 +65,7 @@ class ImageFolder:
         eval_fraction: the share held out, in [0, 1).
         on_bad_row: `skip` leaves bad rows out and lists them in `bad_rows`; `raise` stops at the first.
         max_bad_fraction: share of rows that may be left out.
+        references_for: what needs references, in words; a row without any is bad then.
 
     Raises:
         UserError: no folder, no usable row in the split, or (`raise`) a bad row: names file, row and key.
@@ -69,6 +81,7 @@ class ImageFolder:
         seed: int = 0,
         on_bad_row: str = "skip",
         max_bad_fraction: float = 1.0,
+        references_for: str | None = None,
     ) -> None:
         if split not in SPLITS:
             raise UserError(f"split: {split!r} is not one of {', '.join(SPLITS)}")
@@ -81,7 +94,8 @@ class ImageFolder:
         self.split = split
         self.on_bad_row = on_bad_row
         self.bad_rows = BadRows(None, 1.0, on_bad_row == "raise")
-        self._columns = resolve_columns(columns)
+        self._accept: Accept = take_any
+        self._columns, self._references_for = resolve_columns(columns), references_for
         entries = self._verified(self._read())
         if not entries:
             raise UserError(f"{self.path}: no usable rows" + self._first_reason())
@@ -113,10 +127,16 @@ class ImageFolder:
         for step in range(n):
             entry = self._entries[(index + step) % n]
             try:
-                return self._row(entry, load_picture(self.path / entry.file_name))
+                row = self._row(entry, load_picture(self.path / entry.file_name))
+                self._accept(row)
+                return row
             except UNREADABLE as error:
-                self._bad(entry.line, _unreadable(error), entry.file_name)
+                self._bad(entry.line, str(error) if isinstance(error, BadRow) else _unreadable(error), entry.file_name)
         raise UserError(f"{self.path}: no readable picture" + self._first_reason())
+
+    def accept_only(self, accept: Accept) -> None:
+        """From now on a row that `accept` raises BadRow for is bad, as one whose picture cannot be read."""
+        self._accept = accept
 
     def references(self) -> list[tuple[str, ...]]:
         """The references of every row, without decoding a picture."""
@@ -166,21 +186,28 @@ class ImageFolder:
         pictures = [name for name in unmentioned if PurePosixPath(name).suffix.lower() in SUFFIXES]
         if QUESTION in self.prompt:  # nothing to ask of a picture without a line
             return entries
-        entries += [_Entry(id=name, file_name=name) for name in pictures]
+        for name in pictures:
+            try:
+                check_references((), self._references_for)
+                entries.append(_Entry(id=name, file_name=name))
+            except BadRow as bad:
+                self._bad(None, str(bad), name)
         return entries
 
     def _entry(self, record: dict[str, Any], entry_id: str, name: str, line: int, files: frozenset[str]) -> _Entry:
         # A file behind a linked folder is not in the listing, hence the second look.
-        if name not in files and not (self.path / name).is_file():
-            raise BadRow(f"{self._columns['image'][0]}: no picture {name!r} in the folder")
+        if name not in files and not os.path.isfile(self.path / name):
+            raise BadRow(f"{self._columns['image'][0]}: no picture {name[:200]!r} in the folder")
         question = text_of(record, self._columns["question"])
         if question is None and QUESTION in self.prompt:
             raise BadRow(f"{self._columns['question'][0]}: missing, and the prompt has {QUESTION}")
+        references = texts_of(record, self._columns["references"])
+        check_references(references, self._references_for)
         return _Entry(
             id=entry_id,
             file_name=name,
             line=line,
-            references=texts_of(record, self._columns["references"]),
+            references=references,
             question=question,
             answer=text_of(record, self._columns["answer"]),
         )

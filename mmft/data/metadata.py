@@ -5,11 +5,11 @@ from __future__ import annotations
 import difflib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmft.types import UserError
+from mmft.types import Row, UserError
 
 # Looked up in this order where the recipe names no column.
 DEFAULT_COLUMNS: dict[str, tuple[str, ...]] = {
@@ -25,6 +25,13 @@ MOST_CHARACTERS = 20_000  # of a caption or question: longer ones are no caption
 
 class BadRow(ValueError):
     """Why one row cannot be used; its text is the reason alone."""
+
+
+Accept = Callable[[Row], None]  # raises BadRow for a row that cannot be used with the model at hand
+
+
+def take_any(row: Row) -> None:
+    """Accepts every row."""
 
 
 def resolve_columns(columns: Mapping[str, str | None] | None) -> dict[str, tuple[str, ...]]:
@@ -112,14 +119,21 @@ def texts_of(record: dict[str, Any], names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(item.strip() for item in items)
 
 
+def check_references(references: Sequence[str], needed_for: str | None) -> None:
+    """Raises BadRow where something needs references and there are none."""
+    if needed_for is not None and not references:
+        raise BadRow(f"{needed_for} needs references, and there are none")
+
+
 def text_of(record: dict[str, Any], names: tuple[str, ...]) -> str | None:
+    """A question or an answer; a blank one is none."""
     key, value = _find(record, names)
     if value is None:
         return None
     if not isinstance(value, str):
         raise BadRow(f"{key}: expected text, found {_kind(value)}")
     _check_unicode(key, value)
-    return value
+    return value if value.strip() else None
 
 
 def _check_unicode(key: str, text: str) -> None:

@@ -3,32 +3,81 @@
 from __future__ import annotations
 
 import io
+import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps
 
-# What Pillow raises for files that are broken, cut short, of an unknown kind, or absurdly large.
+# What the functions below raise for files that are broken, cut short, of an unknown kind, or absurdly large.
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
+MOST_SLENDER = 50  # times as long as wide; more is filled up with white, for processors refuse it
+SMALLEST_SIDE = 4  # pixels; a picture of 1 or 3 is taken for one of 1 or 3 channels
 _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
+
+# Pillow warns between its limit and twice that; here the limit is one, see `_opened`. And it talks of broken camera
+# notes and the like, of which pictures are either whole or listed as bad rows.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
 def load_picture(path: str | Path | BinaryIO) -> Image.Image:
-    """Decodes one file to an upright RGB picture. Raises one of `UNREADABLE` where that cannot be done."""
-    with Image.open(path) as image:
+    """Decodes one file to an upright RGB picture that any processor takes: its first frame, at least `SMALLEST_SIDE`
+    pixels each way and at most `MOST_SLENDER` times as long as wide. Raises one of `UNREADABLE` where that cannot be
+    done.
+    """
+    with _opened(path) as image:
         image.load()
-        return to_rgb(ImageOps.exif_transpose(image))
+        return presentable(to_rgb(_upright(image)))
 
 
-def verify_picture(path: str | Path) -> None:
+def verify_picture(path: str | Path | BinaryIO) -> None:
     """Checks a file's header, and its checksums where the format has them, without decoding it."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # said once, when it is decoded
+    with _opened(path) as image:
+        image.verify()
+
+
+def presentable(image: Image.Image) -> Image.Image:
+    """The picture, enlarged where it is a few pixels wide or high and on a white ground where it is a mere line."""
+    width, height = image.size
+    shortest = math.ceil(max(width, height) / MOST_SLENDER)
+    if min(width, height) < shortest:
+        ground = Image.new("RGB", (max(width, shortest), max(height, shortest)), "white")
+        ground.paste(image, ((ground.width - width) // 2, (ground.height - height) // 2))
+        image = ground
+    factor = math.ceil(SMALLEST_SIDE / min(image.size))
+    if factor == 1:
+        return image
+    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+
+
+@contextmanager
+def _opened(path: str | Path | BinaryIO) -> Iterator[Image.Image]:
+    """A file of at most Pillow's pixel limit. Decoders fail on broken files in ways of their own: all are ValueErrors
+    here.
+    """
+    try:
         with Image.open(path) as image:
-            image.verify()
+            limit = Image.MAX_IMAGE_PIXELS
+            if limit is not None and image.width * image.height > limit:
+                raise ValueError(f"{image.width} x {image.height} pixels: more than {limit}")
+            yield image
+    except UNREADABLE:
+        raise
+    except Exception as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # what a camera's broken notes raise is anybody's guess; the picture itself is sound
+        return image
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

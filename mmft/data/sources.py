@@ -23,18 +23,23 @@ class Source(Protocol):
     def rows_without_pictures(self, limit: int | None = None) -> Iterator[Row]: ...
 
 
-def open_training(config: DataConfig) -> Source | TableStream:
-    """Rows to train on; a stream where they may be more than memory holds. Raises UserError, see `open_source`."""
-    return open_stream(config) if isinstance(config, TableConfig | HubDataConfig) else open_source(config, "train")
+def open_training(config: DataConfig, references_for: str | None = None) -> Source | TableStream:
+    """Rows to train on; a stream where they may be more than memory holds. See `open_source`."""
+    if isinstance(config, TableConfig | HubDataConfig):
+        return open_stream(config, references_for=references_for)
+    return open_source(config, "train", references_for=references_for)
 
 
-def open_source(config: DataConfig, split: str, samples: int | None = None) -> Source:
+def open_source(
+    config: DataConfig, split: str, samples: int | None = None, references_for: str | None = None
+) -> Source:
     """The rows of one split, at most `samples` of them where the source is infinite or larger than memory.
 
+    references_for: what needs references, in words; a row without any is bad then.
     Raises UserError for data that isn't there or holds nothing usable.
     """
     if isinstance(config, TableConfig | HubDataConfig):
-        return open_rows(config, split, samples)
+        return open_rows(config, split, samples, references_for)
     if isinstance(config, ScenesConfig):
         return EmojiScenes(
             samples or config.samples, "heldout" if split == "heldout" else "train", config.seed, config.prompt
@@ -48,6 +53,7 @@ def open_source(config: DataConfig, split: str, samples: int | None = None) -> S
         config.seed,
         config.on_bad_row,
         config.max_bad_fraction,
+        references_for,
     )
 
 

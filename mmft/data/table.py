@@ -6,6 +6,7 @@ import base64
 import binascii
 import hashlib
 import io
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,16 @@ from mmft.config import HubDataConfig, TableConfig
 from mmft.data.bad_rows import BadRows
 from mmft.data.cursor import Pending
 from mmft.data.imagefolder import QUESTION, picture_place
-from mmft.data.metadata import DEFAULT_COLUMNS, BadRow, find_value, text_of, texts_of
+from mmft.data.metadata import (
+    DEFAULT_COLUMNS,
+    Accept,
+    BadRow,
+    check_references,
+    find_value,
+    take_any,
+    text_of,
+    texts_of,
+)
 from mmft.data.pictures import UNREADABLE, load_picture
 from mmft.data.records import HubRecords, Record, Records, TableRecords
 from mmft.types import Row, UserError
@@ -30,12 +40,13 @@ _FIRST_BYTES = 2**28  # read for a reward's statistics and no more
 class RowMaker:
     """Makes rows of records; what a record lacks is said as BadRow."""
 
-    def __init__(self, config: TableConfig | HubDataConfig, folder: Path):
-        self.prompt, self.folder = config.prompt, folder
+    def __init__(self, config: TableConfig | HubDataConfig, folder: Path, references_for: str | None = None):
+        self.prompt, self.folder, self.references_for = config.prompt, folder, references_for
         chosen = config.columns
         self.image = (chosen.image,) if chosen.image else IMAGE_COLUMNS
         names = {"references": chosen.references, "question": chosen.question, "answer": chosen.answer}
         self.columns = {key: (name,) if name else DEFAULT_COLUMNS[key] for key, name in names.items()}
+        self.accept: Accept = take_any
 
     def texts(self, record: Record) -> Row:
         """The row without its picture."""
@@ -45,11 +56,13 @@ class RowMaker:
         prompt = self.prompt
         if question is not None:
             prompt = prompt.replace(QUESTION, question) if QUESTION in prompt else question
+        references = texts_of(record.data, self.columns["references"])
+        check_references(references, self.references_for)
         return Row(
             id=f"{Path(record.file).name}:{record.row}",
             image=None,
             prompt=prompt,
-            references=texts_of(record.data, self.columns["references"]),
+            references=references,
             question=question,
             answer=text_of(record.data, self.columns["answer"]),
         )
@@ -61,7 +74,9 @@ class RowMaker:
             image = load_picture(io.BytesIO(value) if isinstance(value, bytes) else self.folder / value)
         except UNREADABLE as error:
             raise BadRow(f"unreadable picture ({' '.join(str(error).split())})") from error
-        return Row(row.id, image, row.prompt, row.references, row.question, row.answer)
+        row = Row(row.id, image, row.prompt, row.references, row.question, row.answer)
+        self.accept(row)
+        return row
 
     def place(self, record: Record, seed: int) -> float:
         """Where in [0, 1) the picture lies: rows of one picture are on one side of any split."""
@@ -78,7 +93,7 @@ class RowMaker:
             return value
         if not isinstance(value, str) or not value.strip() or "\0" in value:
             raise BadRow(f"{key}: no picture: expected a path, bytes or base64 text")
-        if len(value) < 1024 and (self.folder / value).is_file():
+        if len(value) < 4096 and os.path.isfile(self.folder / value):
             return value
         try:
             return base64.b64decode(value.partition(",")[2] if value.startswith("data:") else value, validate=True)
@@ -92,10 +107,20 @@ class TableStream:
     `cursor` gives them shuffled; `rows_without_pictures` and `first` read from the start.
     """
 
-    def __init__(self, config: TableConfig | HubDataConfig, records: Records, bad_rows: BadRows):
+    def __init__(
+        self,
+        config: TableConfig | HubDataConfig,
+        records: Records,
+        bad_rows: BadRows,
+        references_for: str | None = None,
+    ):
         self.config, self.records, self.bad_rows = config, records, bad_rows
-        self.maker = RowMaker(config, records.folder)
+        self.maker = RowMaker(config, records.folder, references_for)
         self._texts: list[Row] | None = None
+
+    def accept_only(self, accept: Accept) -> None:
+        """From now on a row that `accept` raises BadRow for is bad, as one whose picture cannot be read."""
+        self.maker.accept = accept
 
     def usable(self, records: Iterator[Record]) -> Iterator[Record]:
         """Those of the training side that have a picture."""
@@ -135,6 +160,16 @@ class TableStream:
                 continue
             made += 1
             yield row
+
+    def row_or_next(self, records: Sequence[Record], index: int) -> Row:
+        """The record's row, or where it is bad the next usable one of `records`: always the same."""
+        for step in range(len(records)):
+            record = records[(index + step) % len(records)]
+            try:
+                return self.maker.whole(record)
+            except BadRow as error:
+                self.bad_rows.add(record.file, record.row, str(error))
+        raise UserError(f"{self.config.path}: no readable picture in {len(records)} rows")
 
     def cursor(self, seed: int) -> WindowCursor:
         return WindowCursor(self, seed)
@@ -193,18 +228,7 @@ class WindowCursor:
         return bool(rows)
 
     def _pending(self, rows: Sequence[Record], index: int) -> Pending:
-        """The row, or where it cannot be read the next readable one of its window: always the same."""
-
-        def make() -> Row:
-            for step in range(len(rows)):
-                record = rows[(index + step) % len(rows)]
-                try:
-                    return self.stream.maker.whole(record)
-                except BadRow as error:
-                    self.stream.bad_rows.add(record.file, record.row, str(error))
-            raise UserError(f"{self.stream.config.path}: no readable picture in {len(rows)} rows")
-
-        return make
+        return lambda: self.stream.row_or_next(rows, index)
 
     def state_dict(self) -> dict[str, Any]:
         whole = self.given == len(self._rows) and self._rows
@@ -248,13 +272,18 @@ class TableRows:
         return len(self._records)
 
     def __getitem__(self, index: int) -> Row:
-        return self.stream.maker.whole(self._records[index])
+        return self.stream.row_or_next(self._records, index)
+
+    def accept_only(self, accept: Accept) -> None:
+        self.stream.accept_only(accept)
 
     def rows_without_pictures(self, limit: int | None = None) -> Iterator[Row]:
         return (self.stream.maker.texts(record) for record in self._records[:limit])
 
 
-def open_stream(config: TableConfig | HubDataConfig, apart: str | None = None) -> TableStream:
+def open_stream(
+    config: TableConfig | HubDataConfig, apart: str | None = None, references_for: str | None = None
+) -> TableStream:
     """Training rows, or those of held-out data `apart`. Raises UserError for what is not there."""
     bad_rows = BadRows(None, config.max_bad_fraction, config.on_bad_row == "raise")
     records: Records
@@ -262,13 +291,15 @@ def open_stream(config: TableConfig | HubDataConfig, apart: str | None = None) -
         records = TableRecords(apart or config.path, bad_rows)
     else:
         records = HubRecords(config.path, config.subset, apart or config.split, bad_rows)
-    return TableStream(config, records, bad_rows)
+    return TableStream(config, records, bad_rows, references_for)
 
 
-def open_rows(config: TableConfig | HubDataConfig, split: str, samples: int | None) -> TableRows:
+def open_rows(
+    config: TableConfig | HubDataConfig, split: str, samples: int | None, references_for: str | None = None
+) -> TableRows:
     """The first rows of one side. Raises UserError for what is not there."""
     apart = heldout_apart(config) if split == "heldout" else None
-    stream = open_stream(config, apart)
+    stream = open_stream(config, apart, references_for)
     if split == "heldout" and not apart:
         return TableRows(stream, samples or _ROWS, stream.held_out)
     return TableRows(stream, samples or _ROWS, lambda record: bool(apart) or not stream.held_out(record))

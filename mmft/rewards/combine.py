@@ -187,14 +187,19 @@ class RewardFunction:
                 raise UserError(f"two reward terms are named {name!r}; give one of them another `name`")
         self.terms = {term.name: term for term in terms}
 
+    @property
+    def references_for(self) -> str | None:
+        """The first term that needs references, in words; None where none does."""
+        names = (f"reward term {name!r}" for name, term in self._all_terms().items() if term.needs_references)
+        return next(names, None)
+
     def check(self, rows: Iterable[Row]) -> None:
         """Raises UserError, naming term and row, when a row lacks the references that a term needs."""
-        needing = next((name for name, term in self._all_terms().items() if term.needs_references), None)
-        if needing is None:
+        if self.references_for is None:
             return
         for row in rows:
             if not any(reference.strip() for reference in row.references):
-                raise UserError(f"reward term {needing!r} needs references, and row {row.id!r} has none")
+                raise UserError(f"{self.references_for} needs references, and row {row.id!r} has none")
 
     def fit(self, rows: Iterable[Row]) -> None:
         """Lets terms collect statistics from training rows. Pictures are not kept, so rows may be any lazy iterable."""

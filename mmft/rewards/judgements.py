@@ -47,7 +47,7 @@ class Picture:
             return cls(_key(buffer.getvalue()), buffer.getvalue())
         held = source if isinstance(source, bytes) else Path(source)
         data = held if isinstance(held, bytes) else held.read_bytes()
-        verify_picture(io.BytesIO(data))  # type: ignore[arg-type]  # Pillow opens file objects too
+        verify_picture(io.BytesIO(data))
         return cls(_key(data), held)
 
     def read(self) -> bytes:
@@ -57,7 +57,7 @@ class Picture:
     def open(self) -> Image.Image:
         """The picture, decoded now: upright, RGB. Raises one of `mmft.data.pictures.UNREADABLE`."""
         if isinstance(self.source, bytes):
-            return load_picture(io.BytesIO(self.source))  # type: ignore[arg-type]
+            return load_picture(io.BytesIO(self.source))
         return load_picture(self.source)
 
 

@@ -6,7 +6,6 @@ import dataclasses
 import importlib
 import multiprocessing
 import os
-import pickle
 import signal
 import threading
 from collections.abc import Mapping, Sequence
@@ -174,8 +173,7 @@ def _score(captions: list[str], rows: list[Row], finished: list[bool] | None) ->
     try:
         return _term(captions, rows, finished)
     except Exception as error:
-        try:
-            pickle.loads(pickle.dumps(error))
-        except Exception:  # one that cannot travel would be taken for the death of this process
-            raise UserError(f"{type(error).__name__}: {error}") from None
-        raise
+        plain = all(isinstance(value, str | int | float | bytes | None) for value in error.args)
+        if isinstance(error, UserError) or (type(error).__module__ == "builtins" and plain):
+            raise
+        raise UserError(f"{type(error).__name__}: {error}") from None  # another may not survive the way to its parent

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,13 @@ from rich.console import Console
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from mmft.config import Recipe, dump_recipe
+from mmft.data.imagefolder import ImageFolder
+from mmft.data.metadata import BadRow
 from mmft.data.sources import Source, open_cursor, open_source, open_training
-from mmft.data.table import TableStream
+from mmft.data.table import TableRows, TableStream
 from mmft.models.policy import Policy
 from mmft.models.prompts import PromptBuilder
+from mmft.models.structure import context_length
 from mmft.report.folder import RunFolder, write_atomic
 from mmft.report.progress import ProgressReporter
 from mmft.report.trackers import Tracker, check_trackers
@@ -30,6 +33,7 @@ from mmft.train.ppo_config import VisionPPOConfig
 from mmft.types import Row, UserError
 
 FIT_ROWS = 4000  # training rows whose references a reward's statistics come from
+_SUSPICIOUS = 4  # a prompt whose letters fill a fourth of the model's context is measured in tokens
 _LOGS_KEPT = 100  # of a trainer's log history; metrics.jsonl has all
 
 
@@ -48,10 +52,9 @@ def prepare(recipe: Recipe) -> Job:
     """Data and reward, checked against each other. Raises UserError before a model is touched."""
     _refuse_what_is_not_there(recipe)
     processes = Processes(cpu=device_of(recipe) == "cpu")
-    source = open_training(recipe.data)
-    heldout = open_source(recipe.data, recipe.eval.split, recipe.eval.samples)
     reward = build_reward(recipe.reward, device_of(recipe))
-    reward.check(itertools.chain(source.rows_without_pictures(FIT_ROWS), heldout.rows_without_pictures(FIT_ROWS)))
+    source = open_training(recipe.data, reward.references_for)
+    heldout = open_source(recipe.data, recipe.eval.split, recipe.eval.samples, reward.references_for)
     reward.fit(source.rows_without_pictures(FIT_ROWS))
     return Job(recipe, source, heldout, reward, processes)
 
@@ -69,7 +72,7 @@ def build_trainer(job: Job, policy: Policy, run: RunFolder) -> VisionPPOTrainer:
     """The trainer of a recipe, logging to its run folder."""
     recipe = job.recipe
     placeholder = PromptBuilder(policy.processor).placeholder
-    if placeholder and placeholder in recipe.data.prompt:
+    if placeholder and placeholder.lower() in recipe.data.prompt.lower():
         raise UserError(f"data.prompt: holds the picture placeholder {placeholder!r}, which mmft writes itself")
     trainer = VisionPPOTrainer(
         args=trainer_arguments(recipe, run, job.processes.count),
@@ -106,8 +109,9 @@ def build_trainer(job: Job, policy: Policy, run: RunFolder) -> VisionPPOTrainer:
     job.reward.gather = trainer.ranks.gather_list
     job.reward.on_drop = run.append_dropped
     for source in (job.train, job.heldout):
-        if hasattr(source, "bad_rows"):
+        if isinstance(source, ImageFolder | TableStream | TableRows):
             source.bad_rows.tell(run.append_bad_row, known=job.processes.is_main)
+            source.accept_only(partial(_refuse_too_long, trainer, recipe.generation.max_new_tokens))
     trainer.on_rollout = write_samples
     if recipe.eval.every:
         trainer.add_callback(PeriodicEvaluation(run, policy, eval_rows(job), recipe, job.reward, trainer))
@@ -115,6 +119,21 @@ def build_trainer(job: Job, policy: Policy, run: RunFolder) -> VisionPPOTrainer:
         trainer.add_callback(guard)
     trainer.add_callback(Checkpoints(run, trainer, recipe.train.save_every, recipe.train.keep, guard, save_models))
     return trainer
+
+
+def _refuse_too_long(trainer: VisionPPOTrainer, response: int, row: Row) -> None:
+    """Raises BadRow where prompt and response are longer than the model's context. Most are told by their letters,
+    which are no fewer than their tokens.
+    """
+    room = context_length(trainer.interface.base)
+    if room is None or len(row.prompt.encode()) * _SUSPICIOUS < room:
+        return
+    try:
+        length = len(trainer.builder(row))
+    except UserError as error:
+        raise BadRow(str(error)) from error
+    if length + response > room:
+        raise BadRow(f"a prompt of {length} tokens and a response of {response} do not fit the model's {room}")
 
 
 def guard_metric(job: Job) -> str | None:

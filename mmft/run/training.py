@@ -87,6 +87,7 @@ def _train_in(run: RunFolder, resumed: Resumed, job: Job, console: Console) -> P
     if not resumed.new:
         checkpoints.load(resumed.checkpoint, console)
     if main:
+        _report_bad_rows(run, console)
         for tracker in open_trackers(recipe.logging.report_to, run, trainer.state.global_step):
             trainer.add_callback(tracker)
     rows = eval_rows(job)
