@@ -349,14 +349,15 @@ def _claim(path: Path) -> bool:
 def _cut_torn_line(path: Path) -> None:
     if path.is_file():
         with _writing(path), open(path, "rb+") as file:
-            end = file.seek(0, os.SEEK_END)
+            size = end = file.seek(0, os.SEEK_END)
             while end:  # backwards in blocks: the file may be large
                 start = max(0, end - 4096)
                 file.seek(start)
                 end = start + file.read(end - start).rfind(b"\n") + 1
                 if end > start:
                     break
-            file.truncate(end)
+            if end < size:
+                file.truncate(end)
 
 
 def _umask() -> int:

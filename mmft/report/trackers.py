@@ -19,6 +19,7 @@ from rich.console import Console
 from transformers import TrainerCallback
 from transformers.integrations import get_reporting_integration_callbacks
 
+from mmft.report.console import say
 from mmft.report.folder import RECIPE, RunFolder, read_json
 from mmft.types import RewardOutput, Row, UserError
 
@@ -78,8 +79,8 @@ class Tracker(TrainerCallback):
         except Exception as error:  # a tracker must not end the run, whatever it raises
             self.callback = None
             line = (str(error).splitlines() or [""])[0]
-            message = f"[bold yellow]warning[/] {self.name} is left out from here on ({type(error).__name__}: {line})"
-            Console(stderr=True).print(message, highlight=False)
+            message = f"{self.name} is left out from here on ({type(error).__name__}: {line})"
+            say(Console(stderr=True), message, "warning")
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._safely(lambda: self.callback.on_train_begin(args, state, control, **kwargs))

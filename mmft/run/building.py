@@ -18,6 +18,7 @@ from mmft.data.table import TableRows, TableStream
 from mmft.models.policy import Policy
 from mmft.models.prompts import PromptBuilder
 from mmft.models.structure import context_length
+from mmft.report.console import say
 from mmft.report.folder import RunFolder, write_atomic
 from mmft.report.progress import ProgressReporter
 from mmft.report.trackers import Tracker, check_trackers
@@ -153,7 +154,7 @@ def build_guard(job: Job, policy: Policy, trainer: VisionPPOTrainer, run: RunFol
     if metric is None:
         if config.action != "off":
             console = Console(stderr=True)
-            console.print("no tripwire: pictures have neither references nor a scene graph", highlight=False)
+            say(console, "no tripwire: pictures have neither references nor a scene graph")
         return None
 
     def save_best(folder: Path) -> None:

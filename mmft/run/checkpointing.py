@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 from mmft.models.adapter_io import save_adapter
 from mmft.models.policy import Policy
 from mmft.models.value_adapter import save_value_adapter
+from mmft.report.console import say
 from mmft.report.folder import CHECKPOINTS, RunFolder, write_atomic
 from mmft.rewards.combine import RewardFunction
 from mmft.run.guard import RewardGuard
@@ -81,7 +82,7 @@ class Checkpoints(TrainerCallback):
             for step, later in steps_of(self.run / CHECKPOINTS).items():
                 if step > self.trainer.state.global_step:
                     remove_checkpoint(later)
-        console.print(f"going on after step {self.trainer.state.global_step}", highlight=False)
+        say(console, f"going on after step {self.trainer.state.global_step}")
 
 
 def save(folder: Path, policy: Policy, trainer: VisionPPOTrainer, reward: RewardFunction, row: Row) -> None:

@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 
 from mmft.config import TripwireConfig
 from mmft.eval.evaluator import evaluate_captions
+from mmft.report.console import say
 from mmft.report.folder import CHECKPOINTS, RunFolder, read_json
 from mmft.rewards.combine import RewardFunction
 from mmft.rewards.parallel import ParallelTerm
@@ -121,7 +122,7 @@ class RewardGuard(TrainerCallback):
         self.tripped = True
         message = f"step {state.global_step}: {seen.describe(self.metric)}"
         if state.is_world_process_zero:
-            Console(stderr=True).print(f"[bold red]tripwire[/] {message}", highlight=False)
+            say(Console(stderr=True), message, "tripwire")
         folder = self.run / CHECKPOINTS / "best"
         now = {name: full(p.detach()).clone() for name, p in self._trained()}
         self._put(self.best)

@@ -15,6 +15,7 @@ from mmft.data.preview import contact_sheet
 from mmft.data.sources import open_source
 from mmft.eval.evaluator import evaluate_captions, evaluation_record
 from mmft.models.policy import Policy, load_adapter, load_pretrained
+from mmft.report.console import say
 from mmft.report.folder import RunFolder, clean
 from mmft.report.table import print_evaluation
 from mmft.run.building import eval_rows, prepare
@@ -50,7 +51,7 @@ def evaluate(target: str, data: str | None = None, overrides: Sequence[str] = ()
         own = data is None and not overrides
         name = "eval.json" if own else f"eval_{Path(data).name if data else 'custom'}.json"
         run.write_text(name, json.dumps(clean(record), indent=2) + "\n")
-        console.print(f"written: {run / name}", highlight=False)
+        say(console, f"written: {run / name}")
     return record
 
 

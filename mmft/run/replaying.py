@@ -11,6 +11,7 @@ from rich.text import Text
 
 from mmft.config import load_recipe
 from mmft.models.policy import load_policy
+from mmft.report.console import say
 from mmft.report.folder import RunFolder
 from mmft.run.building import build_trainer, prepare
 from mmft.run.device import device_of, dtype_of, quiet_loading
@@ -46,9 +47,9 @@ def _show(batch: Batch, report: ReplayReport, console: Console) -> None:
         numbers = [f"{value:.4g}" for value in (row.loss, row.worst_ratio, row.worst_advantage)]
         said = [Text(row.id), Text(row.caption[:60])]  # a caption may look like markup
         table.add_row(*said, *numbers, style=None if row.finite else "bold red")
-    console.print(f"step {batch.step}: {batch.reason}", markup=False, highlight=False)
+    say(console, f"step {batch.step}: {batch.reason}")
     console.print(table)
-    console.print(_conclusion(report), markup=False, highlight=False, soft_wrap=True)
+    say(console, _conclusion(report))
 
 
 def _conclusion(report: ReplayReport) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from mmft.config import Recipe, load_recipe
+from mmft.report.console import say
 from mmft.report.folder import CHECKPOINTS, RECIPE, RunFolder, read_json
 from mmft.run.guard import STATE
 from mmft.train.checkpoint import MANIFEST, check_checkpoint, newest_checkpoint, steps_of
@@ -55,7 +56,7 @@ def find_run(recipe: Recipe, where: str, force: bool, console: Console) -> Resum
     if checkpoint is None:
         checkpoint, problems = newest_checkpoint(run / CHECKPOINTS)
         for problem in problems:
-            console.print(f"[bold yellow]warning[/] {problem}; the one before it is used", highlight=False)
+            say(console, f"{problem}; the one before it is used", "warning")
     return Resumed(run, checkpoint, finished=_is_finished(recipe, run, checkpoint))
 
 
@@ -82,7 +83,7 @@ def _compare(recipe: Recipe, run: RunFolder, force: bool, console: Console) -> N
         raise UserError(
             f"{run.path}: this recipe is not the run's: {', '.join(changed)}; --force goes on with the new values"
         )
-    console.print(f"[bold yellow]warning[/] going on with other values: {', '.join(changed)}", highlight=False)
+    say(console, f"going on with other values: {', '.join(changed)}", "warning")
 
 
 def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:

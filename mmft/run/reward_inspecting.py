@@ -17,6 +17,7 @@ from mmft.eval.reward_scores import Predict
 from mmft.functional.uncertainty import normal_interval
 from mmft.models.features import FeatureStore
 from mmft.models.reward import CaptionRewardModel, load_reward_model
+from mmft.report.console import say
 from mmft.report.folder import RunFolder, clean, is_reward_folder
 from mmft.report.reward_table import print_reward
 from mmft.rewards.combine import RewardFunction, WeightedTerm
@@ -62,7 +63,7 @@ def evaluate_reward(target: str, data: str | None = None, overrides: tuple[str, 
     if own.is_file() and not target.startswith("builtin:"):
         name = "eval.json" if data is None and not overrides else "eval_custom.json"
         RunFolder(folder).write_text(name, json.dumps(clean(record), indent=2) + "\n")
-        console.print(f"written: {folder / name}", highlight=False)
+        say(console, f"written: {folder / name}")
     return record
 
 

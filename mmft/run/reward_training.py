@@ -27,6 +27,7 @@ from mmft.models.reward import (
     load_towers,
     tower_dims,
 )
+from mmft.report.console import say
 from mmft.report.folder import RunFolder, clean, write_atomic
 from mmft.report.reward_page import write_reward_page
 from mmft.report.reward_table import print_reward
@@ -82,7 +83,7 @@ def train_reward(recipe: RewardRecipe) -> Path:
     with console.status("reading judgements"):
         sets = open_judgements(recipe)
     run = RunFolder.create(recipe.logging.dir, recipe.run_name, dump_recipe(recipe))
-    console.print(f"[bold]{recipe.name}[/] -> {run.path}", highlight=False)
+    say(console, f"-> {run.path}", recipe.name)
     with run.lock():
         return _train_in(run, recipe, sets, console)
 
@@ -104,10 +105,10 @@ def _train_in(run: RunFolder, recipe: RewardRecipe, sets: JudgementSets, console
     print_reward(record)
     if sets.bad_rows:
         run.write_lines("bad_rows.jsonl", list(sets.bad_rows))
-        console.print(f"skipped {len(sets.bad_rows)} bad rows, listed in {run / 'bad_rows.jsonl'}", highlight=False)
-    console.print(
+        say(console, f"skipped {len(sets.bad_rows)} bad rows, listed in {run / 'bad_rows.jsonl'}")
+    say(
+        console,
         f"report: {write_reward_page(run.path)}\nuse it:  mmft train caption_ppo reward.model={run.path}",
-        highlight=False,
     )
     return run.path
 

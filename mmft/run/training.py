@@ -20,6 +20,7 @@ from mmft.config import Recipe, dump_recipe
 from mmft.data.sources import first_rows
 from mmft.eval.evaluator import evaluate_captions, evaluation_record
 from mmft.models.policy import Policy, load_policy
+from mmft.report.console import say
 from mmft.report.folder import BAD_ROWS, BEFORE, RECIPE, RunFolder, read_json, read_lines
 from mmft.report.html import write_report
 from mmft.report.progress import ProgressReporter
@@ -57,15 +58,15 @@ def train(recipe: Recipe, resume: str | None = None, force: bool = False) -> Pat
     run = resumed.run
     with run.lock() if processes.is_main else nullcontext():
         if resumed.finished:
-            console.print(f"{run.path} is finished; nothing is left to do", highlight=False)
+            say(console, f"{run.path} is finished; nothing is left to do")
             return run.path
-        console.print(f"[bold]{recipe.name}[/] -> {run.path}", highlight=False)
+        say(console, f"-> {run.path}", recipe.name)
         if processes.is_main:
             run.write_recipe(dump_recipe(recipe))
         try:
             return _train_in(run, resumed, job, console)
         except (Stopped, KeyboardInterrupt):
-            console.print(f"to go on: mmft train {run / RECIPE} --resume {run.path}", highlight=False)
+            say(console, f"to go on: mmft train {run / RECIPE} --resume {run.path}")
             raise
 
 
@@ -107,7 +108,7 @@ def _train_in(run: RunFolder, resumed: Resumed, job: Job, console: Console) -> P
         run.write_eval(record)
         print_evaluation(record, run.last_step())
         _report_bad_rows(run, console)
-        console.print(f"adapter: {run / 'adapter'}\nreport:  {write_report(run.path)}", highlight=False)
+        say(console, f"adapter: {run / 'adapter'}\nreport:  {write_report(run.path)}")
     job.processes.wait()
     trainer.accelerator.end_training()
     return run.path
@@ -139,15 +140,15 @@ def _train(trainer: VisionPPOTrainer, checkpoints: Checkpoints, console: Console
     if checkpoints.guard is not None and checkpoints.guard.has_stopped:
         return
 
-    def say(signum: int) -> None:
-        console.print("\nstopping: this micro-batch is finished, then all is saved; Ctrl-C leaves at once")
+    def answer(signum: int) -> None:
+        say(console, "\nstopping: this micro-batch is finished, then all is saved; Ctrl-C leaves at once")
 
-    with StopSignals(say) as trainer.steps.signals:
+    with StopSignals(answer) as trainer.steps.signals:
         try:
             trainer.train()
         except Stopped:
             if trainer.state.global_step:
-                console.print(f"saved {checkpoints.save()}", highlight=False)
+                say(console, f"saved {checkpoints.save()}")
             raise
         finally:
             for callback in trainer.callback_handler.callbacks:
@@ -156,7 +157,7 @@ def _train(trainer: VisionPPOTrainer, checkpoints: Checkpoints, console: Console
         checkpoints.save()
     trainer.steps.signals = None
     steps, seconds = trainer.state.global_step - first, time.perf_counter() - started
-    console.print(f"trained {steps} steps in {seconds:.0f} s", highlight=False)
+    say(console, f"trained {steps} step{'s' * (steps != 1)} in {seconds:.0f} s")
 
 
 def _warn_of_unfamiliar_pictures(job: Job, console: Console) -> None:
@@ -166,11 +167,12 @@ def _warn_of_unfamiliar_pictures(job: Job, console: Console) -> None:
         return
     share = network.unfamiliar(first_rows(job.train, FAMILIAR_ROWS))
     if share > 0.5:
-        console.print(
-            f"[bold yellow]warning[/] reward.model {job.recipe.reward.model} was trained on other pictures than these "
+        say(
+            console,
+            f"reward.model {job.recipe.reward.model} was trained on other pictures than these "
             f"({share:.0%} lie outside): its judgement means little here. Use caption_ppo_fixed, or train a reward "
             "model on pictures like yours (reward_models/README.md).",
-            highlight=False,
+            "warning",
         )
 
 
@@ -178,4 +180,4 @@ def _report_bad_rows(run: RunFolder, console: Console) -> None:
     """Rows that were left out, all of which are in bad_rows.jsonl by now."""
     count = sum(1 for _ in read_lines(run / BAD_ROWS))
     if count:
-        console.print(f"skipped {count} bad rows, listed in {run / BAD_ROWS}", highlight=False)
+        say(console, f"skipped {count} bad rows, listed in {run / BAD_ROWS}")

@@ -57,15 +57,16 @@ def check_checkpoint(folder: Path) -> None:
     """Raises UserError, naming the file, where one is missing or not as it was written."""
     try:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        known = {name: (int(file["bytes"]), str(file["sha256"])) for name, file in files.items()}
     except FileNotFoundError:
         raise UserError(f"{folder}: no {MANIFEST}: not a checkpoint, or not a whole one") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{folder / MANIFEST}: cannot be read ({error})") from error
-    for name, known in files.items():
+    for name, (size, digest) in known.items():
         path = folder / name
         if not path.is_file():
             raise UserError(f"{path}: missing from the checkpoint")
-        if path.stat().st_size != known["bytes"] or _digest(path) != known["sha256"]:
+        if path.stat().st_size != size or _digest(path) != digest:
             raise UserError(f"{path}: altered or damaged since it was written")
 
 
