@@ -46,6 +46,7 @@ def find_config(name: str) -> Path:
 
 def launch_arguments(path: Path, command: Sequence[str]) -> Any:
     """accelerate's own reading of a config, for `mmft COMMAND`. Raises UserError for one that it refuses."""
+    import yaml
     from accelerate.commands import launch
     from accelerate.commands.config.config_args import load_config_from_file
 
@@ -53,7 +54,7 @@ def launch_arguments(path: Path, command: Sequence[str]) -> Any:
         on_cpu = load_config_from_file(str(path)).use_cpu
         given = [*(["--cpu"] if on_cpu else []), "--config_file", str(path), "-m", "mmft", *command]
         checked, *_ = launch._validate_launch_command(launch.launch_command_parser().parse_args(given))
-    except (ValueError, TypeError, KeyError, ImportError, AttributeError) as error:
+    except (yaml.YAMLError, ValueError, TypeError, KeyError, ImportError, AttributeError) as error:
         raise UserError(f"accelerate: {path}: {str(error).splitlines()[0]}") from error
     if not checked.cpu:
         checked.num_processes = _devices(path)
