@@ -159,7 +159,7 @@ def _sheet() -> Image.Image:
         return sheet.convert("RGBA")
 
 
-@lru_cache(maxsize=8192)
+@lru_cache(maxsize=1024)
 def _sprite(cell: int, side: int) -> Image.Image:
     x, y = cell % COLUMNS * CELL, cell // COLUMNS * CELL
     return _sheet().crop((x, y, x + CELL, y + CELL)).resize((side, side), Image.Resampling.LANCZOS)

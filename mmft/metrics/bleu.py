@@ -12,7 +12,10 @@ from functools import lru_cache
 from itertools import zip_longest
 
 from sacrebleu.metrics import BLEU
+from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
+from sacrebleu.tokenizers.tokenizer_re import TokenizerRegexp
 
+_REMEMBERED = 2048  # captions that are kept tokenised
 SMOOTHING = ("exp", "add-k", "floor", "none")
 
 
@@ -45,7 +48,15 @@ def sentence_bleu(
     """
     if not references:
         raise ValueError("BLEU needs at least one reference")
+    _forget_captions()
     return _scorer(max_order, smoothing, smooth_value, True).sentence_score(caption, list(references)).score / 100
+
+
+def _forget_captions() -> None:
+    """sacrebleu keeps 65,536 captions a tokenizer, of which a policy says few again: memory would grow for hours."""
+    for tokenizer in (Tokenizer13a, TokenizerRegexp):
+        if tokenizer.__call__.cache_info().currsize > _REMEMBERED:
+            tokenizer.__call__.cache_clear()
 
 
 def corpus_bleu(captions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:

@@ -18,7 +18,7 @@ _CLAUSE_END = re.compile(
 )
 
 
-@lru_cache(maxsize=65536)
+@lru_cache(maxsize=2048)  # a policy says something new all the time: a large cache would only grow
 def tokenise(text: str) -> tuple[str, ...]:
     """Lowercase words of `text` in Unicode NFC, punctuation and symbols dropped."""
     return tuple(_WORD.findall(unicodedata.normalize("NFC", text).lower()))
@@ -29,7 +29,7 @@ def clauses(text: str) -> list[tuple[str, ...]]:
     return [words for part in _CLAUSE_END.split(text) if (words := tokenise(part))]
 
 
-@lru_cache(maxsize=65536)
+@lru_cache(maxsize=8192)
 def stem(word: str) -> str:
     """One form for singular and plural of an English noun, not always a word: apples -> apple, berries -> berri.
 

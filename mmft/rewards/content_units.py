@@ -80,7 +80,7 @@ class _Phrase:
         return ["one", *self.attributes] if self.article and not counted else self.attributes
 
 
-@lru_cache(maxsize=65536)
+@lru_cache(maxsize=2048)
 def content_units(caption: str) -> frozenset[Unit]:
     """The content units of a caption."""
     units: set[Unit] = set()
