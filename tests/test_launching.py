@@ -15,6 +15,7 @@ import yaml
 from mmft.cli import main
 from mmft.report.folder import read_lines
 from mmft.run import launching
+from mmft.run.processes import Processes
 from mmft.types import UserError
 
 NAMES = ["ddp", "ddp_cpu", "deepspeed_zero2", "deepspeed_zero3", "fsdp2", "fsdp2_cpu"]
@@ -85,6 +86,16 @@ def test_gpus_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(UserError, match="ddp needs a GPU, and there is none here; ddp_cpu needs none"):
         launching.launch_arguments(launching.find_config("ddp"), [])
+
+
+def test_deepspeed_is_refused_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its configs are sound, and mmft's update does not drive its engine yet."""
+    monkeypatch.setattr(launching, "_devices", lambda path: 4)
+    with pytest.raises(UserError, match="deepspeed_zero2: mmft does not train with DeepSpeed yet; use fsdp2 or ddp"):
+        launching.launch("deepspeed_zero2", ["train", "caption_ppo"])
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")  # as accelerate's own launcher does
+    with pytest.raises(UserError, match="does not train with DeepSpeed yet"):
+        Processes(cpu=True)
 
 
 def test_the_same_command_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:

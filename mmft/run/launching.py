@@ -73,6 +73,8 @@ def _devices(path: Path) -> int:
 def launch(name: str, command: Sequence[str]) -> int:
     """Runs `mmft COMMAND` in several processes; returns its exit status: that of the process that failed first."""
     arguments = launch_arguments(find_config(name), command)
+    if arguments.use_deepspeed:
+        raise UserError(f"accelerate: {name}: mmft does not train with DeepSpeed yet; use fsdp2 or ddp")
     for noisy in ("torch.distributed.elastic", "torch.distributed.run", "torch.distributed.launcher"):
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory() as errors:
@@ -92,9 +94,8 @@ def _run(arguments: Any) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    start = launch.deepspeed_launcher if arguments.use_deepspeed else launch.multi_gpu_launcher
     try:
-        start(arguments)
+        launch.multi_gpu_launcher(arguments)
     except ChildFailedError as error:
         first = min(error.failures.values(), key=lambda failure: failure.timestamp)
         return first.exitcode if first.exitcode > 0 else 128 - first.exitcode

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -18,6 +19,10 @@ class Processes:
     """The processes that `accelerate launch` started; one where nothing did."""
 
     def __init__(self, cpu: bool):
+        if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+            raise UserError(
+                "accelerate: mmft does not train with DeepSpeed yet; fsdp2 cuts weights too, ddp needs less"
+            )
         self._state = PartialState(cpu=cpu)
         self.count = int(self._state.num_processes)
         self.index = int(self._state.process_index)
