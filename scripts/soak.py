@@ -2,7 +2,7 @@
 
     python scripts/soak.py --steps 2000
 
-The model is an Idefics3 of a few thousand weights, built here; the data a table of scenes that is read as a stream by
+The model is an Idefics3 of toy size, built here; the data a table of scenes that is read as a stream by
 worker threads; a checkpoint is written every 50 steps and the model evaluated every 250. Memory is the process's
 resident set, a median of 100 steps: the last 100 against those after step 200, when every cache has filled. Exit status
 0 where it has grown by less than 1% and neither open files nor threads are more than then. Readings go to

@@ -128,10 +128,15 @@ class ImageFolder:
             entry = self._entries[(index + step) % n]
             try:
                 row = self._row(entry, load_picture(self.path / entry.file_name))
-                self._accept(row)
-                return row
             except UNREADABLE as error:
-                self._bad(entry.line, str(error) if isinstance(error, BadRow) else _unreadable(error), entry.file_name)
+                self._bad(entry.line, _unreadable(error), entry.file_name)
+                continue
+            try:
+                self._accept(row)
+            except BadRow as bad:
+                self._bad(entry.line, str(bad), entry.file_name)
+            else:
+                return row
         raise UserError(f"{self.path}: no readable picture" + self._first_reason())
 
     def accept_only(self, accept: Accept) -> None:

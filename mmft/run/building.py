@@ -34,7 +34,7 @@ from mmft.train.ppo_config import VisionPPOConfig
 from mmft.types import Row, UserError
 
 FIT_ROWS = 4000  # training rows whose references a reward's statistics come from
-_SUSPICIOUS = 4  # a prompt whose letters fill a fourth of the model's context is measured in tokens
+_SUSPICIOUS = 4  # a prompt whose bytes fill a fourth of the model's context is measured in tokens
 _LOGS_KEPT = 100  # of a trainer's log history; metrics.jsonl has all
 
 
@@ -123,7 +123,7 @@ def build_trainer(job: Job, policy: Policy, run: RunFolder) -> VisionPPOTrainer:
 
 
 def _refuse_too_long(trainer: VisionPPOTrainer, response: int, row: Row) -> None:
-    """Raises BadRow where prompt and response are longer than the model's context. Most are told by their letters,
+    """Raises BadRow where prompt and response are longer than the model's context. Most are told by their bytes,
     which are no fewer than their tokens.
     """
     room = context_length(trainer.interface.base)
