@@ -26,7 +26,8 @@ def launch(
         port = free.getsockname()[1]
     common = os.environ | {
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes),
-        "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}",
+        "ACCELERATE_USE_CPU": "true", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}",
     } | environment  # fmt: skip
     command = [sys.executable, str(HERE / "ranks.py"), str(out), json.dumps(settings)]
     children = [
@@ -43,6 +44,21 @@ def launch(
             child.kill()
     assert not any(child.returncode for child in children), "\n".join(text[-3000:] for text in said)
     return json.loads(out.read_text())
+
+
+def comes_back(trainer: Any) -> bool:
+    """Whether what a checkpoint holds undoes any change of weights and optimizer."""
+    import torch
+
+    from mmft.train import trainer_state
+
+    kept = trainer_state.tensors_of(trainer)
+    trainer_state.load_tensors(trainer, {name: torch.ones_like(tensor) for name, tensor in kept.items()})
+    changed = trainer_state.tensors_of(trainer)
+    trainer_state.load_tensors(trainer, kept)
+    back = trainer_state.tensors_of(trainer)
+    assert all((tensor == 1).all() for tensor in changed.values())
+    return kept.keys() == back.keys() and all(torch.equal(tensor, back[name]) for name, tensor in kept.items())
 
 
 def main(out: Path, settings: dict[str, Any]) -> None:
@@ -75,10 +91,11 @@ def main(out: Path, settings: dict[str, Any]) -> None:
     logs = [{k: v for k, v in log.items() if not k.startswith("time/")} for log in tiny.logs_of(trainer)]
     module = trainer.accelerator.unwrap_model(trainer.model)
     weights = {n: full(p.detach()).double().flatten().tolist() for n, p in module.named_parameters() if p.requires_grad}
+    restored = comes_back(trainer)
     digests = trainer.ranks.gather_list([hashlib.sha256(json.dumps(weights).encode()).hexdigest()])
     if trainer.ranks.is_main:
         record = {"logs": logs, "weights": weights, "drawn": drawn, "processes": trainer.ranks.count}
-        record["sharded"] = bool(trainer.sharding)
+        record |= {"sharded": bool(trainer.sharding), "restored": restored}
         out.write_text(json.dumps(record | {"same_everywhere": len(set(digests)) == 1}))
     trainer.accelerator.end_training()
 

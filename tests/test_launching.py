@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +19,7 @@ from mmft.run import launching
 from mmft.run.processes import Processes
 from mmft.types import UserError
 
-NAMES = ["ddp", "ddp_cpu", "deepspeed_zero2", "deepspeed_zero3", "fsdp2", "fsdp2_cpu"]
+NAMES = ["ddp", "ddp_cpu", "deepspeed_cpu", "deepspeed_zero2", "deepspeed_zero3", "fsdp2", "fsdp2_cpu"]
 SMALL = (
     "train.steps=2", "train.batch=8", "train.samples_per_prompt=2", "train.minibatches=2", "train.epochs=1",
     "eval.samples=3", "data.samples=12", "generation.max_new_tokens=4", "model.lora.r=2", "train.save_every=0",
@@ -47,7 +48,8 @@ def test_accelerate_takes_every_config(name: str, monkeypatch: pytest.MonkeyPatc
     if name.startswith("fsdp"):
         assert str(arguments.fsdp_version) == "2"
     if name.startswith("deepspeed"):
-        assert int(arguments.zero_stage) == int(name[-1])
+        assert int(arguments.zero_stage) == (2 if name.endswith("zero2") else 3)
+        assert "zero_stage" in arguments.deepspeed_fields_from_accelerate_config.split(",")
 
 
 def test_a_config_of_ones_own(tmp_path: Path) -> None:
@@ -88,13 +90,22 @@ def test_gpus_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
         launching.launch_arguments(launching.find_config("ddp"), [])
 
 
-def test_deepspeed_is_refused_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its configs are sound, and mmft's update does not drive its engine yet."""
+def test_deepspeed_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line, before anything starts; and in processes that accelerate's own launcher started."""
     monkeypatch.setattr(launching, "_devices", lambda path: 4)
-    with pytest.raises(UserError, match="deepspeed_zero2: mmft does not train with DeepSpeed yet; use fsdp2 or ddp"):
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    with pytest.raises(UserError, match="deepspeed_zero2: DeepSpeed is not installed: pip install deepspeed, or use"):
         launching.launch("deepspeed_zero2", ["train", "caption_ppo"])
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")  # as accelerate's own launcher does
-    with pytest.raises(UserError, match="does not train with DeepSpeed yet"):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(UserError, match="DeepSpeed is not installed"):
+        Processes(cpu=True)
+
+
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed")
+def test_an_optimizer_that_is_to_be_offloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "cpu")
+    with pytest.raises(UserError, match="does not offload the optimizer; set offload_optimizer_device: none"):
         Processes(cpu=True)
 
 
@@ -125,7 +136,7 @@ def test_errors_are_left_to_the_launcher(
 
     monkeypatch.setattr(launching, "_run", children)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    for name in (launching.ERRORS, "ACCELERATE_USE_CPU"):
+    for name in (launching.ERRORS, "ACCELERATE_USE_CPU", "DS_ACCELERATOR"):
         monkeypatch.setenv(name, "")  # so that what launch sets is undone
     assert launching.launch("ddp_cpu", ["train", "caption_ppo"]) == 2
     assert capsys.readouterr().err == "error: the same\n"
@@ -141,10 +152,14 @@ def mmft(*arguments: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
-def test_two_processes_run_a_recipe_as_one(tmp_path: Path) -> None:
+NEEDS_DEEPSPEED = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed")
+
+
+@pytest.mark.parametrize("config", ["ddp_cpu", pytest.param("deepspeed_cpu", marks=NEEDS_DEEPSPEED)])
+def test_two_processes_run_a_recipe_as_one(tmp_path: Path, config: str) -> None:
     """One bar, one log, one run folder; the numbers of one process."""
     common = ["train", "caption_ppo_fixed", *SMALL]
-    both = mmft(*common, f"logging.dir={tmp_path / 'two'}", "accelerate=ddp_cpu")
+    both = mmft(*common, f"logging.dir={tmp_path / 'two'}", f"accelerate={config}")
     assert both.returncode == 0, both.stderr
     assert both.stderr.count("adapter: ") == 1 and both.stderr.count("trained 2 steps") == 1
     assert "Traceback" not in both.stderr and "Warning" not in both.stderr

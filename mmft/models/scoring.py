@@ -52,7 +52,7 @@ def response_states(head: nn.Module, packed: Packed, whole: bool = False) -> Ite
         kept["states"] = gather_states(args[0], packed.row_B, packed.index_BT + offset)
         return (kept["states"] if whole else kept["states"][:1, :1], *args[1:])
 
-    handle = head.register_forward_pre_hook(keep)
+    handle = head.register_forward_pre_hook(keep, prepend=True)  # what others do to the head's input is not ours
     try:
         yield kept
     finally:

@@ -146,3 +146,4 @@ class RewardGuard(TrainerCallback):
     def _put(self, weights: dict[str, torch.Tensor]) -> None:
         for name, parameter in self._trained():
             put(parameter, weights[name])
+        self.trainer.engine.weights_changed()

@@ -7,6 +7,7 @@ where accelerate would ask for MPI.
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import json
 import logging
 import os
@@ -53,9 +54,11 @@ def launch_arguments(path: Path, command: Sequence[str]) -> Any:
     try:
         on_cpu = load_config_from_file(str(path)).use_cpu
         given = [*(["--cpu"] if on_cpu else []), "--config_file", str(path), "-m", "mmft", *command]
-        checked, *_ = launch._validate_launch_command(launch.launch_command_parser().parse_args(given))
+        checked, defaults, _ = launch._validate_launch_command(launch.launch_command_parser().parse_args(given))
     except (yaml.YAMLError, ValueError, TypeError, KeyError, ImportError, AttributeError) as error:
         raise UserError(f"accelerate: {path}: {str(error).splitlines()[0]}") from error
+    if checked.use_deepspeed:  # accelerate looks for contradictions between these and a DeepSpeed config file
+        checked.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
     if not checked.cpu:
         checked.num_processes = _devices(path)
         checked.multi_gpu = checked.num_processes > 1 and not (checked.use_fsdp or checked.use_deepspeed)
@@ -73,15 +76,15 @@ def _devices(path: Path) -> int:
 def launch(name: str, command: Sequence[str]) -> int:
     """Runs `mmft COMMAND` in several processes; returns its exit status: that of the process that failed first."""
     arguments = launch_arguments(find_config(name), command)
-    if arguments.use_deepspeed:
-        raise UserError(f"accelerate: {name}: mmft does not train with DeepSpeed yet; use fsdp2 or ddp")
+    if arguments.use_deepspeed and importlib.util.find_spec("deepspeed") is None:
+        raise UserError(f"accelerate: {name}: DeepSpeed is not installed: pip install deepspeed, or use fsdp2")
     for noisy in ("torch.distributed.elastic", "torch.distributed.run", "torch.distributed.launcher"):
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory() as errors:
         cores = (os.cpu_count() or 1) // max(1, arguments.num_processes)
         os.environ |= {ERRORS: errors, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores)))}
         if arguments.cpu:
-            os.environ["ACCELERATE_USE_CPU"] = "true"
+            os.environ |= {"ACCELERATE_USE_CPU": "true", "DS_ACCELERATOR": "cpu"}
         status = _run(arguments)
         said = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(Path(errors).glob("*.json"))]
     for line in dict.fromkeys(said):
@@ -95,7 +98,7 @@ def _run(arguments: Any) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     try:
-        launch.multi_gpu_launcher(arguments)
+        (launch.deepspeed_launcher if arguments.use_deepspeed else launch.multi_gpu_launcher)(arguments)
     except ChildFailedError as error:
         first = min(error.failures.values(), key=lambda failure: failure.timestamp)
         return first.exitcode if first.exitcode > 0 else 128 - first.exitcode

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -10,6 +9,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from rich.console import Console
 
+from mmft.train.zero import take_settings
 from mmft.types import UserError
 
 T = TypeVar("T")
@@ -19,10 +19,7 @@ class Processes:
     """The processes that `accelerate launch` started; one where nothing did."""
 
     def __init__(self, cpu: bool):
-        if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-            raise UserError(
-                "accelerate: mmft does not train with DeepSpeed yet; fsdp2 cuts weights too, ddp needs less"
-            )
+        take_settings()
         self._state = PartialState(cpu=cpu)
         self.count = int(self._state.num_processes)
         self.index = int(self._state.process_index)

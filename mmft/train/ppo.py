@@ -40,14 +40,16 @@ from mmft.models.structure import context_length
 from mmft.models.value_adapter import adapters_off, add_value_adapter, critic_parameters
 from mmft.train import rollout as rollouts
 from mmft.train.batches import NoRows, open_batches
+from mmft.train.engine import Engine
 from mmft.train.experience import Experience, ExperienceSettings, Rollout, make_experience
 from mmft.train.metrics import TRL_NAMES, PhaseTimer, rollout_metrics
 from mmft.train.ppo_config import VisionPPOConfig, setting
 from mmft.train.randomness import Randomness
 from mmft.train.ranks import Ranks
-from mmft.train.sharding import Sharding, allow_on_cpu
+from mmft.train.sharding import allow_on_cpu
 from mmft.train.undo import WholeSteps
 from mmft.train.update import Scored, Updater
+from mmft.train.zero import ZeroEngine, take_settings
 from mmft.types import RewardOutput, Row, UserError
 
 RewardCallable = Callable[..., RewardOutput]
@@ -117,6 +119,7 @@ class VisionPPOTrainer(PPOTrainer):
         # TRL would ask a processor for a tokenizer's eos_token_id, and whiten within one process's minibatch.
         stop_token, args.stop_token = args.stop_token, None
         whiten, args.whiten_rewards = args.whiten_rewards, False
+        deepspeed = take_settings()
         super().__init__(
             args,
             self.builder.tokenizer if data_collator is None else processing_class,
@@ -132,6 +135,8 @@ class VisionPPOTrainer(PPOTrainer):
         self.ranks = Ranks(self.accelerator, args.local_batch_size)
         self.steps = WholeSteps(self)
         self._take_model_back()
+        self.engine = ZeroEngine(self, deepspeed) if deepspeed else Engine(self)
+        self.sharding = self.engine.sharding
         self.randomness = Randomness(args.seed)
         self.policy_model.generation_config.eos_token_id = list(self.stops) or None
         self.kl = KLController(args.kl_coef, setting(args, "kl_target"), setting(args, "kl_horizon"))
@@ -158,8 +163,6 @@ class VisionPPOTrainer(PPOTrainer):
     def _take_model_back(self) -> None:
         if isinstance(self.model, SimpleNamespace):
             self.model = self.callback_handler.model = self._module.to(self.accelerator.device)
-        del self._module
-        self.sharding = Sharding(self.model)
 
     def create_optimizer_and_scheduler(self, num_training_steps: int) -> None:
         """TRL calls this when the policy is ready: the place to put our policy and critic in the place of its own
@@ -230,8 +233,7 @@ class VisionPPOTrainer(PPOTrainer):
         """Samples a response for each row and scores it; old log-probabilities come from the first epoch's own
         micro-batches, of which the first keeps its graph for the update.
         """
-        args = self.args
-        group = setting(args, "samples_per_prompt")
+        args, group = self.args, setting(self.args, "samples_per_prompt")
         prompts = [p for p in prompts_of(batch) for _ in range(group)]
         rows = [row for row in batch.get("rows", []) for _ in range(group)]
         policy = self.accelerator.unwrap_model(self.model).policy
@@ -281,10 +283,9 @@ class VisionPPOTrainer(PPOTrainer):
                 self.interface.load_state_dict(together)
 
     def _points(self, step: int) -> Tensor | None:
-        args = self.args
-        if not isinstance(args, VisionPPOConfig):
+        if not isinstance(self.args, VisionPPOConfig):
             return None
-        return self.randomness.points(step, args.batch_size, args.response_length)[self.ranks.rows]
+        return self.randomness.points(step, self.args.batch_size, self.args.response_length)[self.ranks.rows]
 
     def _centre_critic(self, rollout: Rollout, local: Rollout, scored: Scored) -> None:
         """A fresh value head starts at the mean score of the first batch; TRL's settings leave it where it is."""
@@ -294,6 +295,7 @@ class VisionPPOTrainer(PPOTrainer):
             critic.centre(mean)
             for values in {id(r): r.value_BT for r in (rollout, local)}.values():
                 values += mean
+            self.engine.weights_changed()
             if scored.live is not None and scored.live.value_BT is not None:
                 scored.live = dataclasses.replace(scored.live, value_BT=scored.live.value_BT + mean)
 
@@ -330,9 +332,9 @@ class VisionPPOTrainer(PPOTrainer):
 
     def _scorer(self, policy: Any, critic: nn.Module) -> PolicyWithCritic:
         args = self.args
-        early = setting(args, "min_new_tokens")
         own_pass = isinstance(critic, ValueHead) and setting(args, "critic") == "adapter"
-        return PolicyWithCritic(policy, critic, self.banned, args.temperature + 1e-7, self.stops, early, own_pass)
+        early, temperature = setting(args, "min_new_tokens"), args.temperature + 1e-7
+        return PolicyWithCritic(policy, critic, self.banned, temperature, self.stops, early, own_pass)
 
     def _reference_logprobs(
         self, prompts: list[Prompt], responses: Tensor, mask: Tensor, order: list[Tensor]
@@ -387,11 +389,9 @@ class VisionPPOTrainer(PPOTrainer):
         if not self.loaded:
             state.global_step = state.episode = 0
         self.loaded = False
-        state.max_steps = args.num_total_batches
-        state.num_train_epochs = args.total_episodes / self.train_dataset_len
+        state.max_steps, state.num_train_epochs = args.num_total_batches, args.total_episodes / self.train_dataset_len
         for name in ("logging_steps", "eval_steps", "save_steps"):
-            value = getattr(args, name)
-            if value is not None:
+            if (value := getattr(args, name)) is not None:
                 setattr(state, name, max(1, int(np.ceil(state.max_steps * value))) if value < 1 else value)
         self.control = self.callback_handler.on_train_begin(args, state, self.control)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from accelerate import Accelerator
@@ -39,24 +39,34 @@ class Sharding:
     def __bool__(self) -> bool:
         return bool(self.units)
 
+    @property
+    def cut(self) -> bool:
+        """Whether weights lie in parts right now."""
+        return bool(self) and self._depth == 0
+
     @contextmanager
     def whole(self) -> Iterator[None]:
         """Inside, all weights are whole in every process. All processes enter it."""
-        if self._depth == 0 and self.units:
-            # The root must know its units before one of them runs by itself; torch has no public call for that.
-            self.units[0]._get_fsdp_state()._lazy_init()
-            for unit in self.units:
-                unit.set_reshard_after_forward(False, recurse=False)
-                unit.unshard()
         self._depth += 1
+        try:
+            with self._gathered() if self and self._depth == 1 else nullcontext():
+                yield
+        finally:
+            self._depth -= 1
+
+    @contextmanager
+    def _gathered(self) -> Iterator[None]:
+        # The root must know its units before one of them runs by itself; torch has no public call for that.
+        self.units[0]._get_fsdp_state()._lazy_init()
+        for unit in self.units:
+            unit.set_reshard_after_forward(False, recurse=False)
+            unit.unshard()
         try:
             yield
         finally:
-            self._depth -= 1
-            if self._depth == 0:
-                for unit in self.units:
-                    unit.set_reshard_after_forward(unit is not self.units[0], recurse=False)
-                    unit.reshard()
+            for unit in self.units:
+                unit.set_reshard_after_forward(unit is not self.units[0], recurse=False)
+                unit.reshard()
 
 
 def full(tensor: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mmft.train.sharding import full, part_of, put
+from mmft.train.sharding import full, put
 from mmft.types import UserError
 
 if TYPE_CHECKING:
@@ -76,9 +76,8 @@ def load_numbers(trainer: VisionPPOTrainer, state: Mapping[str, Any]) -> None:
 def tensors_of(trainer: VisionPPOTrainer) -> dict[str, Tensor]:
     """Copies of all trained weights and of the optimizer's state, on the CPU."""
     tensors = {_WEIGHT + name: parameter for name, parameter in trained(trainer).items()}
-    for index, state in trainer.optimizer.state_dict()["state"].items():
-        for name, value in state.items():
-            tensors[f"{_OPTIMIZER}{index}/{name}"] = torch.as_tensor(value)
+    for index, state in trainer.engine.state().items():
+        tensors |= {f"{_OPTIMIZER}{index}/{name}": value for name, value in state.items()}
     return {name: full(tensor.detach()).to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
 
 
@@ -95,15 +94,13 @@ def load_tensors(trainer: VisionPPOTrainer, tensors: Mapping[str, Tensor]) -> No
             )
     for name, parameter in own.items():
         put(parameter, saved[name])
+    trainer.engine.weights_changed()
     state: dict[int, dict[str, Tensor]] = {}
-    parameters = [p for group in trainer.optimizer.param_groups for p in group["params"]]
     for key, tensor in tensors.items():
         if key.startswith(_OPTIMIZER):
             index, name = key.removeprefix(_OPTIMIZER).split("/")
-            like = parameters[int(index)]
-            state.setdefault(int(index), {})[name] = part_of(tensor, like) if tensor.dim() else tensor.clone()
-    groups = trainer.optimizer.state_dict()["param_groups"]  # the learning rate is the schedule's
-    trainer.optimizer.load_state_dict({"state": state, "param_groups": groups})
+            state.setdefault(int(index), {})[name] = tensor
+    trainer.engine.load_state(state)
     for group, lr in zip(trainer.optimizer.param_groups, trainer.lr_scheduler.get_last_lr(), strict=True):
         group["lr"] = lr
 

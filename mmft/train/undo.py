@@ -45,7 +45,7 @@ class WholeSteps:
             trainer_state.load_numbers(self.trainer, before)
             if self._weights is not None:
                 trainer_state.load_tensors(self.trainer, self._weights)
-            self.trainer.optimizer.zero_grad()
+            self.trainer.engine.clear()
             raise
         finally:
             self._undoable, self._weights = False, None

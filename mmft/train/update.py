@@ -21,7 +21,6 @@ from mmft.train.experience import Experience, Rollout, ppo_loss
 from mmft.train.metrics import add_up
 from mmft.train.ppo_config import VisionPPOConfig, setting
 from mmft.train.replay import NonFiniteUpdate, packed_batch
-from mmft.train.sharding import full
 
 if TYPE_CHECKING:
     from mmft.train.ppo import VisionPPOTrainer
@@ -109,9 +108,9 @@ class Updater:
             try:
                 return attempt()
             except (torch.OutOfMemoryError, RuntimeError) as error:
-                if not _out_of_memory(error) or self.micro_batch == 1:
-                    raise
-            self.trainer.optimizer.zero_grad()
+                if not _out_of_memory(error) or self.micro_batch == 1 or self.trainer.sharding.cut:
+                    raise  # while weights lie in parts, all processes make the same passes
+            self.trainer.engine.clear()
             if self.scored is not None:  # its graph takes memory, and its rows are no micro-batch any longer
                 self.scored.live = None
             self.micro_batch = (self.micro_batch + 1) // 2
@@ -137,7 +136,7 @@ class Updater:
                 approx_kl = self._gradients(rollout, experience, order, stats, scored)
                 target = setting(args, "target_kl")
                 if target is not None and approx_kl > target:
-                    self.trainer.optimizer.zero_grad()
+                    self.trainer.engine.clear()
                     stats["update/stopped_early"] = [1.0]
                     break
                 self._step(stats)
@@ -155,7 +154,7 @@ class Updater:
     def _kept(self, rollout: Rollout, experience: Experience, order: Tensor, reason: str) -> NonFiniteUpdate:
         """The error to raise, once the batch is where it can be replayed from."""
         trainer = self.trainer
-        trainer.optimizer.zero_grad()
+        trainer.engine.clear()
         reason = f"{reason} at step {trainer.state.global_step + 1}; no weight was changed"
         rows = trainer.ranks.own(order)
         mine = experience.part(trainer.ranks.rows, rollout.mask_BT.shape[1])
@@ -180,8 +179,11 @@ class Updater:
         value_tokens = max(1, int(experience.value_mask_BT[rows].sum()))
         mine = experience.part(trainer.ranks.rows, rollout.mask_BT.shape[1])
         (minibatch,) = self.micro_batches([trainer.ranks.own(rows)], rollout.prompts, rollout.mask_BT)
-        counts = bool(minibatch)
-        minibatch = minibatch or [rows.new_zeros(1)]  # none of its rows is here: one that counts nothing goes along
+        here, passes = len(minibatch), max(1, len(minibatch))
+        if trainer.sharding:  # a pass gathers weights from all processes, so all make equally many
+            passes = int(trainer.ranks.total(torch.tensor(passes), "max"))
+        minibatch += [rows.new_zeros(1)] * (passes - here)  # rows that go along and count nothing
+        scale = trainer.ranks.count if trainer.engine.averages else 1
         totals: dict[str, float] = defaultdict(float)
         for i, index in enumerate(minibatch):
             trainer.steps.between()
@@ -191,22 +193,21 @@ class Updater:
                     trainer.model, trainer.interface, rollout.prompts, rollout.responses_BT, rollout.mask_BT, index,
                     entropy_grad=self._entropy_grad,
                 )  # fmt: skip
-            share = counts * int(mine.mask_BT[index].sum()) / tokens
-            value_share = counts * int(mine.value_mask_BT[index].sum()) / value_tokens
+            share = (i < here) * int(mine.mask_BT[index].sum()) / tokens
+            value_share = (i < here) * int(mine.value_mask_BT[index].sum()) / value_tokens
             out = ppo_loss(
                 scores, mine, index, args.cliprange, args.cliprange_value, args.vf_coef,
                 setting(args, "entropy_coef"), share, value_share,
             )  # fmt: skip
-            loss = out.loss * trainer.ranks.count if trainer.sharding else out.loss  # FSDP takes means over processes
+            loss = out.loss * scale
             if i + 1 == len(minibatch):  # once a minibatch: the penalty depends on weights, not on rows
                 penalty = trainer.anchor.penalty()
-                loss = loss + penalty.loss.to(loss.device) / (1 if trainer.sharding else trainer.ranks.count)
+                loss = loss + penalty.loss.to(loss.device) * scale / trainer.ranks.count
                 for name, value in penalty.metrics.items():
                     totals[name] = float(value) / trainer.ranks.count
-            # accelerate divides by the accumulation steps; shares have done that already
-            trainer.accelerator.backward(loss * trainer.accelerator.gradient_accumulation_steps)
-            add_up(totals, out.metrics, share, value_share)
-            totals["loss/total"] += loss.item() / (trainer.ranks.count if trainer.sharding else 1)
+            trainer.engine.backward(loss)
+            add_up(totals, out.metrics if i < here else dict.fromkeys(out.metrics, 0.0), share, value_share)
+            totals["loss/total"] += loss.item() / scale
         self._over_processes(totals)
         if not np.isfinite(totals["loss/total"]):
             raise NonFiniteUpdate(f"the loss is {totals['loss/total']}")
@@ -227,17 +228,12 @@ class Updater:
             totals.update(zip(names, values.tolist(), strict=True))
 
     def _step(self, stats: dict[str, list[float]]) -> None:
-        trainer: Any = self.trainer
-        parameters = [p for group in trainer.optimizer.param_groups for p in group["params"]]
-        if not trainer.sharding:
-            trainer.ranks.sum_gradients(parameters)
-        limit = trainer.args.max_grad_norm if setting(trainer.args, "clip_gradients") else float("inf")
-        norm = float(full(trainer.accelerator.clip_grad_norm_(parameters, limit)))
+        args = self.trainer.args
+        norm = self.trainer.engine.clip(args.max_grad_norm if setting(args, "clip_gradients") else float("inf"))
         if not np.isfinite(norm):
             raise NonFiniteUpdate(f"the gradient is {norm}")
         stats["policy/grad_norm"].append(norm)
-        trainer.optimizer.step()
-        trainer.optimizer.zero_grad()
+        self.trainer.engine.step()
 
 
 def _out_of_memory(error: BaseException) -> bool:
