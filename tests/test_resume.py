@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import io
+import json
 import os
 import shutil
 import signal
@@ -12,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from mmft import run
 from mmft.cli import main
@@ -75,6 +79,13 @@ def same(one: Path, other: Path) -> None:
     assert not different
     steps = [[line["step"] for line in read_lines(folder / "timing.jsonl")] for folder in (one, other)]
     assert steps[0] == steps[1]
+
+
+def picture_text(i: int) -> str:
+    """A small picture in base64."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), (10 * i, 255 - 10 * i, 7)).save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
 
 
 def saved(folder: Path) -> list[str]:
@@ -176,6 +187,28 @@ def test_how_often_it_is_saved_changes_nothing(alone: Path, tmp_path: Path) -> N
     folder = run.train(recipe(tmp_path, "train.save_every=0", "train.workers=0"))
     same(alone, folder)
     assert saved(folder) == ["step-4"], "the end is always kept"
+
+
+def test_a_table_goes_on_at_the_row(tmp_path: Path) -> None:
+    """One row of it is bad, and counted once."""
+    rows = [{"image": picture_text(i), "caption": f"a {i}"} for i in range(24)]
+    rows[5]["image"] = base64.b64encode(b"no picture").decode()
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    overrides = ("data.type=table", f"data.path={tmp_path / 'rows.jsonl'}", "data.eval_fraction=0.2", "train.steps=3",
+                 "reward.tripwire.action=off", "eval.every=0", "data.max_bad_fraction=0.3")  # fmt: skip
+    small = [setting for setting in SMALL if not setting.startswith("data.")]
+
+    def table(name: str) -> Any:
+        return load_recipe("caption_ppo_fixed", [*small, f"logging.dir={tmp_path / name}", *overrides])
+
+    whole = run.train(table("whole"))
+    with pytest.MonkeyPatch.context() as patch:
+        press(patch, signal.SIGTERM, at=5)
+        with pytest.raises(Stopped):
+            run.train(table("cut"))
+    cut = run.train(table("cut"), resume="")
+    for name in ("metrics.jsonl", "samples.jsonl", "bad_rows.jsonl", "eval.json", "adapter/adapter_model.safetensors"):
+        assert (cut / name).read_bytes() == (whole / name).read_bytes(), name
 
 
 def test_a_finished_run_has_nothing_to_do(alone: Path, capsys: pytest.CaptureFixture[str]) -> None:

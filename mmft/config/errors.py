@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
@@ -89,11 +89,12 @@ def leaf_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
                 yield from leaf_keys(member, f"{prefix}{name}.")
 
 
-def unknown_key(root: type[BaseModel], holder: type[BaseModel], key: str) -> str:
-    """What to say of a key that `holder` does not have."""
-    suggestion = nearest(key, holder.model_fields)
+def unknown_key(root: type[BaseModel], holder: type[BaseModel], keys: Sequence[str]) -> str:
+    """What to say of a key that `holder` does not have, though another type in its place may."""
+    suggestion = nearest(keys[-1], holder.model_fields)
     if suggestion is None:
-        suggestion = next((path for path in leaf_keys(root) if path.rpartition(".")[2] == key), None)
+        elsewhere = (path for path in leaf_keys(root) if path.rpartition(".")[2] == keys[-1])
+        suggestion = next((path for path in elsewhere if path != ".".join(keys)), None)
     if suggestion:
         return f"unknown key; did you mean {suggestion}?"
     return f"unknown key; valid keys: {', '.join(holder.model_fields)}"
@@ -111,7 +112,7 @@ def describe(error: ErrorDetails, root: type[BaseModel]) -> tuple[str, str]:
     context: dict[str, Any] = error.get("ctx", {})
     kind, value = error["type"], error["input"]
     if kind == "extra_forbidden":
-        return ".".join(keys), unknown_key(root, holder, keys[-1])
+        return ".".join(keys), unknown_key(root, holder, keys)
     if kind == "missing":
         return ".".join(keys), "missing"
     if kind in ("union_tag_invalid", "union_tag_not_found"):

@@ -29,7 +29,7 @@ from mmft.data.metadata import (
     text_of,
     texts_of,
 )
-from mmft.data.pictures import UNREADABLE, load_picture, verify_picture
+from mmft.data.pictures import UNREADABLE, load_picture, unreadable, verify_picture
 from mmft.types import Row, UserError
 
 METADATA = "metadata.jsonl"
@@ -129,7 +129,7 @@ class ImageFolder:
             try:
                 row = self._row(entry, load_picture(self.path / entry.file_name))
             except UNREADABLE as error:
-                self._bad(entry.line, _unreadable(error), entry.file_name)
+                self._bad(entry.line, unreadable(error), entry.file_name)
                 continue
             try:
                 self._accept(row)
@@ -235,7 +235,7 @@ class ImageFolder:
         try:
             verify_picture(self.path / name)
         except UNREADABLE as error:
-            return _unreadable(error)
+            return unreadable(error)
         return None
 
     # -- bad rows ------------------------------------------------------------------------------------------------
@@ -252,13 +252,6 @@ class ImageFolder:
             return f": no {METADATA} and no picture files ({', '.join(sorted(SUFFIXES))})"
         more = len(self.bad_rows) - 1
         return f"; the first bad row: {describe(self.bad_rows[0])}" + (f" (and {more} more)" if more else "")
-
-
-def _unreadable(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    if text.startswith("cannot identify image file"):  # Pillow's own text repeats the path
-        text = "not a picture"
-    return f"unreadable picture ({text})"
 
 
 def _list_files(folder: Path) -> frozenset[str]:

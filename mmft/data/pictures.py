@@ -11,10 +11,19 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 # What the functions below raise for files that are broken, cut short, of an unknown kind, or absurdly large.
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+
+
+def unreadable(error: BaseException) -> str:
+    """What to say of one of them."""
+    text = " ".join(str(error).split())
+    if isinstance(error, UnidentifiedImageError):  # Pillow's own text repeats the path, or an address in memory
+        text = "not a picture"
+    return f"unreadable picture ({text})"
+
 
 MOST_SLENDER = 50  # times as long as wide; more is filled up with white, for processors refuse it
 SMALLEST_SIDE = 4  # pixels; a picture of 1 or 3 is taken for one of 1 or 3 channels

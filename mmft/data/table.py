@@ -27,7 +27,7 @@ from mmft.data.metadata import (
     text_of,
     texts_of,
 )
-from mmft.data.pictures import UNREADABLE, load_picture
+from mmft.data.pictures import UNREADABLE, load_picture, unreadable
 from mmft.data.records import HubRecords, Record, Records, TableRecords
 from mmft.types import Row, UserError
 
@@ -73,7 +73,7 @@ class RowMaker:
         try:
             image = load_picture(io.BytesIO(value) if isinstance(value, bytes) else self.folder / value)
         except UNREADABLE as error:
-            raise BadRow(f"unreadable picture ({' '.join(str(error).split())})") from error
+            raise BadRow(unreadable(error)) from error
         row = Row(row.id, image, row.prompt, row.references, row.question, row.answer)
         self.accept(row)
         return row

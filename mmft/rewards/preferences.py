@@ -13,10 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Generic
 
-from PIL import UnidentifiedImageError
-
 from mmft.data.metadata import BadRow, file_name_of, numbered_lines, parse_line, text_of, texts_of
-from mmft.data.pictures import UNREADABLE
+from mmft.data.pictures import UNREADABLE, unreadable
 from mmft.rewards.judgement_files import KIND_NAMES, check_suffix, write_preferences, write_ratings
 from mmft.rewards.judgements import PROMPT, J, Judgement, Picture, Preference, Rating, split_by_picture
 from mmft.types import UserError
@@ -174,10 +172,8 @@ def _picture(source: Path | bytes) -> Picture | str:
     except FileNotFoundError:
         assert isinstance(source, Path)
         return f"image: no picture {source.name!r} in {str(source.parent)!r}"
-    except UnidentifiedImageError:  # Pillow's own text repeats the path, or an address in memory
-        return _named(source, "unreadable picture (not a picture)")
     except UNREADABLE as error:
-        return _named(source, f"unreadable picture ({' '.join(str(error).split())})")
+        return _named(source, unreadable(error))
 
 
 def _named(source: Path | bytes, reason: str) -> str:
