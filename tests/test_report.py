@@ -366,7 +366,7 @@ class TestProgress:
         assert "100/100" in stream.getvalue()
         assert "reward 1.000 (+0.990)" in stream.getvalue()
         assert stream.getvalue().rstrip("\n").endswith("\x1b[?25h"), "the cursor is back"
-        assert reporter._progress is None
+        assert reporter._bar is None
 
     def test_other_processes_are_silent(self):
         stream = io.StringIO()

@@ -204,6 +204,32 @@ class PPOAlgorithm(Block):
     max_grad_norm: float = Field(1.0, gt=0, description="Clip the gradient to this norm.")
 
 
+class SFTAlgorithm(Block):
+    """Supervised fine-tuning on the references, or answers, of the data: maximum likelihood by TRL's SFTTrainer."""
+
+    type: Literal["sft"] = Field("sft", description="The algorithm.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Clip the gradient to this norm.")
+
+
+class WarmUpConfig(Block):
+    """Supervised steps before reinforcement learning: a policy that never says anything good has nothing to reinforce.
+
+    What is reported as `before` is the policy after them.
+    """
+
+    type: Literal["sft"] = Field("sft", description="Maximum likelihood of the references.")
+    steps: int = Field(100, ge=1, description="Optimizer steps.")
+    batch: int = Field(32, ge=1, description="Captions a step.")
+    micro_batch: int | None = Field(None, ge=1, description="Captions a forward pass; null: the whole batch.")
+    lr: float = Field(1e-4, gt=0, lt=1, description="Peak learning rate; it falls along a cosine.")
+
+    @model_validator(mode="after")
+    def _divides(self) -> WarmUpConfig:
+        if self.micro_batch and self.batch % self.micro_batch:
+            raise conflict("micro_batch", f"{self.micro_batch} does not divide warm_up.batch {self.batch}")
+        return self
+
+
 class AnchorConfig(Block):
     """L2 distance to the pretrained weights (equation E22), exact for LoRA."""
 
@@ -309,7 +335,10 @@ class Recipe(Block):
     model: ModelConfig = Field(ModelConfig(), description="The pretrained policy and its adapters.")
     data: DataConfig = Field(description="Pictures and references.")
     reward: RewardConfig = Field(description="What a good caption is.")
-    algorithm: PPOAlgorithm = Field(PPOAlgorithm(), description="How the policy learns.")
+    algorithm: Annotated[PPOAlgorithm | SFTAlgorithm, Field(discriminator="type")] = Field(
+        PPOAlgorithm(), description="How the policy learns."
+    )
+    warm_up: WarmUpConfig | None = Field(None, description="Supervised steps beforehand; null: none.")
     anchor: AnchorConfig = Field(AnchorConfig(), description="Pull to the pretrained weights.")
     adapter_penalty: float = Field(0.0, ge=0, description="Weight of the adapters' own squared norm (equation E25).")
     kl: KLConfig = Field(KLConfig(), description="Pull to the pretrained policy.")
@@ -326,7 +355,9 @@ class Recipe(Block):
     def _possible(self) -> Recipe:
         if self.adapter_penalty and self.model.lora is None:
             raise conflict("adapter_penalty", "there is no adapter to penalise; set model.lora or use anchor.l2")
-        if self.algorithm.critic == "adapter" and self.model.lora is None:
+        if self.warm_up and self.algorithm.type == "sft":
+            raise conflict("warm_up", "algorithm sft is what it would do; raise train.steps")
+        if self.ppo.critic == "adapter" and self.model.lora is None:
             raise conflict(
                 "algorithm.critic", "adapter needs weights that stay as they are; set model.lora or use shared"
             )
@@ -339,6 +370,11 @@ class Recipe(Block):
         if self.eval.split == "heldout" and not apart and not getattr(data, "eval_fraction", 1):
             raise conflict("data.eval_fraction", "0 leaves no held-out pictures; raise it or set eval.split to train")
         return self
+
+    @property
+    def ppo(self) -> PPOAlgorithm:
+        """PPO's settings; their defaults where another algorithm trains."""
+        return self.algorithm if isinstance(self.algorithm, PPOAlgorithm) else PPOAlgorithm()
 
     @property
     def run_name(self) -> str:

@@ -45,6 +45,7 @@ PANELS: tuple[Panel, ...] = (
     Panel("Approximate KL of an update", "The early stop looks at this.", ("policy/approxkl_avg",)),
     Panel("Caption length", "Tokens or words sampled.", ("response/tokens",)),
     Panel("Loss", "", ("loss/policy_avg", "loss/total")),
+    Panel("Loss of supervised fine-tuning", "Nats a token of the references.", ("loss/sft",)),
     Panel("Learning rate", "", ("lr", "learning_rate", "train/lr")),
 )  # fmt: skip
 

@@ -167,7 +167,7 @@ def trainer_arguments(recipe: Recipe, run: RunFolder, processes: int = 1) -> Vis
     """A recipe's numbers under TRL's names, which are those of one process. Raises UserError where the batch cannot be
     shared.
     """
-    t, a, g = recipe.train, recipe.algorithm, recipe.generation
+    t, a, g = recipe.train, recipe.ppo, recipe.generation
     batch = t.batch // processes
     minibatch = batch // t.minibatches
     micro = min(t.micro_batch or minibatch, minibatch)

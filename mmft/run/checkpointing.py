@@ -85,9 +85,11 @@ class Checkpoints(TrainerCallback):
         say(console, f"going on after step {self.trainer.state.global_step}")
 
 
-def save(folder: Path, policy: Policy, trainer: VisionPPOTrainer, reward: RewardFunction, row: Row) -> None:
-    """Adapter (checked by reading it back), critic, and the reward's learned state, under `folder`. All processes call
-    it, the first writes.
+def save(
+    folder: Path, policy: Policy, trainer: VisionPPOTrainer, reward: RewardFunction, row: Row, critic: bool = True
+) -> None:
+    """Adapter (checked by reading it back), critic if there is one, and the reward's learned state, under `folder`. All
+    processes call it, the first writes.
     """
     module = trainer.accelerator.unwrap_model(trainer.model)
     head = {name: full(tensor).contiguous() for name, tensor in module.value_model.state_dict().items()}
@@ -104,9 +106,10 @@ def save(folder: Path, policy: Policy, trainer: VisionPPOTrainer, reward: Reward
         ones = torch.ones_like(token, dtype=torch.bool)
         probe = interface.pack([interface.builder(row)], token, ones, share=False).inputs
     save_adapter(policy.model, folder / "adapter", probe, weights)
-    for name in ("critic", "reward"):
+    for name in ("critic", "reward")[not critic :]:
         (folder / name).mkdir(exist_ok=True)
-    save_file(head, folder / "critic" / "value_head.safetensors")
-    if module.critic_adapter:
+    if critic:
+        save_file(head, folder / "critic" / "value_head.safetensors")
+    if critic and module.critic_adapter:
         save_value_adapter(policy.model, folder / "critic" / "adapter", weights)
     write_atomic(folder / "reward" / "state.json", json.dumps(reward.state_dict()).encode())

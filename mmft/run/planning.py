@@ -127,6 +127,8 @@ def plan(recipe: Recipe, memory: str | None = None, with_probe: bool = True, as_
     memory: of the device, as in "24GB"; None asks the device. with_probe: measure the time, where it fits.
     """
     available = None if memory is None else parse_size(memory)
+    if recipe.algorithm.type == "sft":
+        raise UserError("algorithm sft: mmft plan knows reinforcement learning alone, which needs more")
     quiet_loading()
     console = Console(stderr=True)
     with console.status("counting memory"):
@@ -175,7 +177,7 @@ class Counter:
 
     def footprint(self, recipe: Recipe) -> Footprint:
         dtype = dtype_of(recipe) if recipe.model.dtype == "auto" else getattr(torch, recipe.model.dtype)
-        options = (dtype, self.device, recipe.algorithm.critic)
+        options = (dtype, self.device, recipe.ppo.critic)
         key = f"{recipe.model.model_dump_json(exclude={'feature_cache_gb'})} {options}"
         if key not in self._footprints:
             self._footprints[key] = Footprint(recipe.model, *options)
@@ -359,7 +361,7 @@ def _options(counter: Counter, recipe: Recipe) -> Iterator[tuple[str, list[Any]]
     yield "model.feature_cache_gb", caches
     if counter.footprint(recipe).dtype == torch.float32 and not recipe.model.quantization:
         yield "model.dtype", ["bfloat16"]
-    if recipe.algorithm.critic == "adapter":
+    if recipe.ppo.critic == "adapter":
         yield "algorithm.critic", ["shared"]
     if recipe.model.lora is None:
         yield "model.lora", [{}]

@@ -109,7 +109,7 @@ def small(recipe: Recipe, rows: int) -> Recipe:
         update={
             "train": t.model_copy(update=steps),
             "eval": recipe.eval.model_copy(update={"samples": rows, "batch": rows, "every": 0}),
-            "algorithm": recipe.algorithm.model_copy(update={"target_kl": None}),
+            "algorithm": recipe.ppo.model_copy(update={"target_kl": None}),
             "reward": recipe.reward.model_copy(update={"tripwire": tripwire}),
             "logging": recipe.logging.model_copy(update={"report_to": (), "samples_every": 0}),
         }

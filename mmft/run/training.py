@@ -33,6 +33,7 @@ from mmft.run.checkpointing import Checkpoints, save
 from mmft.run.device import device_of, dtype_of, quiet_loading
 from mmft.run.processes import Processes
 from mmft.run.resuming import Resumed, find_run
+from mmft.run.supervised import check_supervised, supervised, warm_up
 from mmft.train.ppo import VisionPPOTrainer
 from mmft.train.stopping import StopSignals
 from mmft.types import Row, Stopped, UserError
@@ -52,6 +53,7 @@ def train(recipe: Recipe, resume: str | None = None, force: bool = False) -> Pat
     if resume is not None:  # what is not there is said before anything loads
         resumed = processes.from_main(lambda: find_run(recipe, resume, force, console))
     job = prepare(recipe)
+    check_supervised(job, resume)
     guard_metric(job)  # one that cannot guard is refused here
     _warn_of_unfamiliar_pictures(job, console)
     resumed = resumed or processes.from_main(lambda: _new_run(recipe))
@@ -92,10 +94,16 @@ def _train_in(run: RunFolder, resumed: Resumed, job: Job, console: Console) -> P
         for tracker in open_trackers(recipe.logging.report_to, run, trainer.state.global_step):
             trainer.add_callback(tracker)
     rows = eval_rows(job)
+    if recipe.warm_up and not trainer.loaded:
+        warm_up(job, policy, trainer, run, console)
     before, before_ended = _captions_before(run, policy, rows, job, trainer, console)
-    _train(trainer, checkpoints, console)
+    by_reward = recipe.algorithm.type != "sft"
+    if by_reward:
+        _train(trainer, checkpoints, console)
+    else:
+        supervised(job, policy, trainer, run, console)
     with console.status("saving"):
-        save(run.path, policy, trainer, job.reward, rows[0])
+        save(run.path, policy, trainer, job.reward, rows[0], critic=by_reward)
     with console.status(f"captioning {len(rows)} {recipe.eval.split} pictures after training"):
         after, after_ended = caption_rows(policy, rows, recipe, trainer)
     if main:
