@@ -46,7 +46,8 @@ class Row:
     """One row of data: a picture, what is asked about it, and what people said of it.
 
     `image` is a decoded RGB picture or None for text alone; `more_images` are further pictures of the same prompt,
-    after it. `references` are zero or more reference captions.
+    after it. `references` are zero or more reference captions. `answers` are what several people answered, where more
+    than `answer` is known.
     `scene` is the exact scene graph of a synthetic picture: an oracle for evaluation, never visible to a reward.
     """
 
@@ -58,11 +59,20 @@ class Row:
     answer: str | None = None
     scene: Any = None
     more_images: tuple[Image, ...] = ()
+    answers: tuple[str, ...] = ()
 
     @property
     def pictures(self) -> tuple[Image, ...]:
         """All pictures of the prompt, in order."""
         return () if self.image is None else (self.image, *self.more_images)
+
+    @property
+    def known_answers(self) -> tuple[str, ...]:
+        """Everybody's answers. Raises UserError where there is none."""
+        known = self.answers or ((self.answer,) if self.answer is not None else ())
+        if not known:
+            raise UserError(f"row {self.id!r} has no answer to compare with; name its column in data.columns.answer")
+        return known
 
     def for_reward(self) -> Row:
         """The row as a reward may see it: without the oracle."""

@@ -55,7 +55,7 @@ def test_auto_prefers_the_oracle_then_the_references() -> None:
     ("metric", "message"),
     [
         ("oracle_f2", "'oracle_f2' cannot be measured here; did you mean oracle_f1?"),
-        ("zzz", "'zzz' cannot be measured here; these pictures allow bleu_4, rouge_l, length"),
+        ("zzz", "'zzz' cannot be measured here; these pictures allow bleu_4, rouge_l, chrf, length"),
         ("bleu_4", "'bleu_4' is in the reward, so it cannot guard it"),
         ("repetition", "'repetition' is in the reward"),
     ],

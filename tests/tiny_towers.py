@@ -15,6 +15,7 @@ from transformers import (
     BertModel,
     CLIPConfig,
     CLIPModel,
+    CLIPProcessor,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
@@ -23,6 +24,7 @@ from transformers import (
     SiglipConfig,
     SiglipImageProcessorPil,
     SiglipModel,
+    SiglipProcessor,
     SiglipVisionConfig,
 )
 
@@ -119,13 +121,27 @@ def clip(seed: int = 0) -> CLIPModel:
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).eval()
 
 
-def siglip(seed: int = 0) -> SiglipModel:
+def siglip(seed: int = 0, text_width: int = 12) -> SiglipModel:
     torch.manual_seed(seed)
-    text = {**sides(12), "vocab_size": len(words()), "max_position_embeddings": 32, "projection_size": 12}
+    text = {
+        **sides(text_width),
+        "vocab_size": len(words()),
+        "max_position_embeddings": 32,
+        "projection_size": text_width,
+    }
     ids = {"bos_token_id": SPECIAL.index("[CLS]"), "eos_token_id": EOS, "pad_token_id": PAD}
     return SiglipModel(
         SiglipConfig(text_config=text | ids, vision_config={**sides(24), "image_size": SIDE, "patch_size": PATCH})
     ).eval()
+
+
+def two_towers(kind: str, folder: Path) -> Path:
+    """A checkpoint of `clip` or `siglip` with a processor, whose texts end in EOS."""
+    tokenizer = word_tokenizer()
+    ends = processors.TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", EOS)])
+    tokenizer.backend_tokenizer.post_processor, tokenizer.model_max_length = ends, 32
+    model, joined = (clip(), CLIPProcessor) if kind == "clip" else (siglip(text_width=24), SiglipProcessor)
+    return Path(saved(model, joined(image_processor(), tokenizer), folder))
 
 
 def saved(model: PreTrainedModel, own: Any, folder: Path) -> str:

@@ -46,6 +46,48 @@ class DetailTerm(TermBase):
     hallucination_penalty: float = Field(0.0, ge=0, description="What a wholly unsupported caption loses.")
 
 
+class CiderDTerm(TermBase):
+    """CIDEr-D against all references, from 0 to 10; document frequencies are those of the training references."""
+
+    type: Literal["cider_d"] = Field("cider_d", description="Agreement with references, rare words counting more.")
+    max_order: int = Field(4, ge=1, le=8, description="Longest n-gram.")
+    sigma: float = Field(6.0, gt=0, description="How far lengths may differ, in words.")
+    count_end: bool = Field(True, description="The end of a sentence counts as a word, so that breaking off costs.")
+
+
+class RougeLTerm(TermBase):
+    """F1 of the longest common subsequence of words, the best over the references, from 0 to 1."""
+
+    type: Literal["rouge_l"] = Field("rouge_l", description="Longest common subsequence with a reference.")
+
+
+class ChrfTerm(TermBase):
+    """Overlap of character n-grams with the nearest reference, from 0 to 1 (sacrebleu)."""
+
+    type: Literal["chrf"] = Field("chrf", description="Overlap of character n-grams.")
+
+
+class VqaAccuracyTerm(TermBase):
+    """How many people gave this answer, as VQA counts it, from 0 to 1; rows need answers."""
+
+    type: Literal["vqa_accuracy"] = Field("vqa_accuracy", description="Agreement with people's answers.")
+
+
+class ExactMatchTerm(TermBase):
+    """1 for an answer that somebody gave, after VQA's normalisation; rows need answers."""
+
+    type: Literal["exact_match"] = Field("exact_match", description="Whether it is one of the answers.")
+
+
+class ClipScoreTerm(TermBase):
+    """CLIPScore of caption and picture: 2.5 times their cosine, by any CLIP or SigLIP checkpoint."""
+
+    type: Literal["clip_score"] = Field("clip_score", description="How well caption and picture go together.")
+    model: str = Field(min_length=1, description="The CLIP or SigLIP checkpoint: a folder or a hub id.")
+    references: bool = Field(False, description="RefCLIPScore: the harmonic mean with the nearest reference's cosine.")
+    prompt: str = Field("A photo depicts", description="What stands before each caption.")
+
+
 class LengthTerm(TermBase):
     """A cost for each word outside a target band."""
 
@@ -85,7 +127,19 @@ class PythonTerm(TermBase):
 
 
 RewardTerm = Annotated[
-    BleuTerm | DetailTerm | LengthTerm | RepetitionTerm | BadEndingTerm | PythonTerm, Field(discriminator="type")
+    BleuTerm
+    | CiderDTerm
+    | RougeLTerm
+    | ChrfTerm
+    | DetailTerm
+    | ClipScoreTerm
+    | VqaAccuracyTerm
+    | ExactMatchTerm
+    | LengthTerm
+    | RepetitionTerm
+    | BadEndingTerm
+    | PythonTerm,
+    Field(discriminator="type"),
 ]
 
 

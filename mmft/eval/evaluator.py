@@ -7,21 +7,30 @@ which no reward can see, so a reward that rises while they fall is being hacked.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mmft.eval.intervals import Summary, compare, summarise
 from mmft.metrics.bleu import sentence_bleu
+from mmft.metrics.chrf import chrf
+from mmft.metrics.cider import corpus_cider_d
 from mmft.metrics.rouge_l import rouge_l
 from mmft.metrics.text import bad_ending, repetition_rate, tokenise
+from mmft.metrics.vqa import exact_match, vqa_accuracy
 from mmft.types import Row
 
 if TYPE_CHECKING:
     from mmft.rewards.combine import RewardFunction
 
 Scores = dict[str, np.ndarray]
+
+REFERENCE: dict[str, Callable[[str, Sequence[str]], float]] = {
+    "bleu_4": sentence_bleu,
+    "rouge_l": rouge_l,
+    "chrf": chrf,
+}
 
 # Metric here -> key of mmft.data.scenes.score_caption.
 ORACLE = {
@@ -38,14 +47,17 @@ def evaluate_captions(
     rows: Sequence[Row],
     reward: RewardFunction | None = None,
     finished: Sequence[bool] | None = None,
+    only: str | None = None,
 ) -> Scores:
     """Every metric that the rows allow, for N captions.
 
     Args:
         captions: N texts, special tokens stripped.
-        rows: their N rows. References add bleu_4 and rouge_l, a scene adds the oracle's metrics.
+        rows: their N rows. References add bleu_4, cider_d, chrf and rouge_l, answers to questions that are asked add
+            vqa_accuracy and exact_match, a scene adds the oracle's metrics.
         reward: adds `reward` and `term_<name>` (raw); its running statistics are left as they are.
         finished: whether each caption reached its end token; adds the rate, and counts in bad_ending.
+        only: a metric; those that need references or the whole set are left out unless it is they.
     Returns:
         metric -> N floats, NaN where a metric is undefined for a sample.
     Raises:
@@ -60,7 +72,8 @@ def evaluate_captions(
         output = reward(captions, rows, finished=ended, update=False)
         scores["reward"] = [math.nan if i in output.dropped else value for i, value in enumerate(output.total)]
         scores.update({f"term_{name}": list(values) for name, values in output.raw.items()})
-    scores.update(_against_references(captions, rows))
+    scores.update(_against_references(captions, rows, only))
+    scores.update(_against_answers(captions, rows))
     scores["length"] = [float(len(tokenise(caption))) for caption in captions]
     scores["repetition"] = [float(repetition_rate(caption)) for caption in captions]
     scores["bad_ending"] = [float(bad_ending(text, end)) for text, end in zip(captions, ended, strict=True)]
@@ -70,13 +83,30 @@ def evaluate_captions(
     return {name: np.asarray(values, dtype=np.float64) for name, values in scores.items()}
 
 
-def _against_references(captions: list[str], rows: list[Row]) -> dict[str, list[float]]:
+def _against_references(captions: list[str], rows: list[Row], only: str | None) -> dict[str, list[float]]:
     if not any(row.references for row in rows):
         return {}
     pairs = list(zip(captions, rows, strict=True))
+    found = {
+        name: [metric(text, row.references) if row.references else math.nan for text, row in pairs]
+        for name, metric in REFERENCE.items()
+        if only in (None, name)
+    }
+    if only in (None, "cider_d"):
+        known = [(text, row.references) for text, row in pairs if row.references]
+        values = iter(corpus_cider_d([text for text, _ in known], [references for _, references in known]))
+        found["cider_d"] = [next(values) if row.references else math.nan for _, row in pairs]
+    return found
+
+
+def _against_answers(captions: list[str], rows: list[Row]) -> dict[str, list[float]]:
+    asked = [row.prompt == row.question and (row.answer is not None or bool(row.answers)) for row in rows]
+    if not any(asked):
+        return {}
+    triples = list(zip(captions, rows, asked, strict=True))
     return {
-        "bleu_4": [sentence_bleu(text, row.references) if row.references else math.nan for text, row in pairs],
-        "rouge_l": [rouge_l(text, row.references) if row.references else math.nan for text, row in pairs],
+        name: [metric(text, row.known_answers) if known else math.nan for text, row, known in triples]
+        for name, metric in (("vqa_accuracy", vqa_accuracy), ("exact_match", exact_match))
     }
 
 

@@ -59,12 +59,17 @@ def _forget_captions() -> None:
             tokenizer.__call__.cache_clear()
 
 
-def corpus_bleu(captions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Corpus BLEU-1 to BLEU-4 (keys bleu_1 .. bleu_4), in [0, 1]; captions may have different numbers of references."""
+def corpus_bleu(
+    captions: Sequence[str], references: Sequence[Sequence[str]], smoothing: str = "exp"
+) -> dict[str, float]:
+    """Corpus BLEU-1 to BLEU-4 (keys bleu_1 .. bleu_4), in [0, 1]; captions may have different numbers of references.
+
+    smoothing: "none" gives 0 where no n-gram of an order matches, as COCO's evaluation does.
+    """
     if len(captions) != len(references) or not captions or not all(references):
         raise ValueError("corpus BLEU needs captions, each with at least one reference")
     # sacrebleu reads reference streams: the k-th holds every caption's k-th reference, None where there is none.
     streams = [list(stream) for stream in zip_longest(*references)]
     return {
-        f"bleu_{n}": _scorer(n, "exp", None, False).corpus_score(captions, streams).score / 100 for n in range(1, 5)
+        f"bleu_{n}": _scorer(n, smoothing, None, False).corpus_score(captions, streams).score / 100 for n in range(1, 5)
     }

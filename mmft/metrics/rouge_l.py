@@ -38,3 +38,16 @@ def rouge_l(caption: str, references: Sequence[str]) -> float:
     targets = [tokenise(reference) for reference in references]
     # 2PR / (P + R) with P = LCS/|c| and R = LCS/|r| is 2 LCS / (|c| + |r|).
     return max(2 * lcs_length(words, target) / max(1, len(words) + len(target)) for target in targets)
+
+
+def coco_rouge_l(caption: str, references: Sequence[str], beta: float = 1.2) -> float:
+    """F-beta of the best precision and the best recall, each over all `references`, as COCO's evaluation has it."""
+    if not references:
+        raise ValueError("ROUGE-L needs at least one reference")
+    words = tokenise(caption)
+    common = [(lcs_length(words, target), len(target)) for target in map(tokenise, references)]
+    precision = max(shared for shared, _ in common) / max(1, len(words))
+    recall = max(shared / max(1, length) for shared, length in common)
+    if not precision or not recall:
+        return 0.0
+    return (1 + beta**2) * precision * recall / (recall + beta**2 * precision)

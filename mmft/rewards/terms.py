@@ -12,7 +12,11 @@ from functools import partial
 from typing import Any, ClassVar, TypeVar
 
 from mmft.metrics.bleu import SMOOTHING, sentence_bleu
+from mmft.metrics.chrf import chrf
+from mmft.metrics.cider import CiderD
+from mmft.metrics.rouge_l import rouge_l
 from mmft.metrics.text import bad_ending, repetition_rate, tokenise
+from mmft.metrics.vqa import exact_match, vqa_accuracy
 from mmft.rewards.detail import Detail
 from mmft.rewards.python_function import call, load_function
 from mmft.types import Row, UserError
@@ -21,12 +25,14 @@ from mmft.types import Row, UserError
 class Term:
     """One measure of captions.
 
-    needs_references: rows must hold reference captions. needs_fit: `fit` must see the training rows first.
+    needs_references: rows must hold reference captions. needs_answers: rows must hold an answer.
+    needs_fit: `fit` must see the training rows first.
     needs_images: rows must hold their pictures, in other processes too.
     sign: +1 when more is better, -1 for a cost; weights in recipes are never negative.
     """
 
     needs_references: ClassVar[bool] = False
+    needs_answers: ClassVar[bool] = False
     needs_fit: ClassVar[bool] = False
     needs_images: ClassVar[bool] = False
     sign: int = 1
@@ -118,6 +124,106 @@ class DetailTerm(Term):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.detail.load_state_dict(state)
+
+
+@register("cider_d")
+class CiderDTerm(Term):
+    """CIDEr-D against all references, in [0, 10]; document frequencies are those of the training references."""
+
+    needs_references = True
+    needs_fit = True
+
+    def __init__(self, max_order: int = 4, sigma: float = 6.0, count_end: bool = True):
+        self.cider = CiderD(max_order, sigma, count_end)
+
+    def fit(self, rows: Sequence[Row]) -> None:
+        self.cider.fit(row.references for row in rows)
+
+    def __call__(
+        self, captions: Sequence[str], rows: Sequence[Row], finished: Sequence[bool] | None = None
+    ) -> list[float]:
+        """A caption that was cut off has no end that could agree with a reference's."""
+        ends = [True] * len(captions) if finished is None else finished
+        return [
+            self.cider.score(caption, row.references, end)
+            for caption, row, end in zip(captions, rows, ends, strict=True)
+        ]
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.cider.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.cider.load_state_dict(state)
+
+
+class _AgainstReferences(Term):
+    """A plain function of a caption and its references."""
+
+    needs_references = True
+    metric: ClassVar[Callable[[str, Sequence[str]], float]]
+
+    def __call__(
+        self, captions: Sequence[str], rows: Sequence[Row], finished: Sequence[bool] | None = None
+    ) -> list[float]:
+        return [type(self).metric(caption, row.references) for caption, row in zip(captions, rows, strict=True)]
+
+
+@register("rouge_l")
+class RougeLTerm(_AgainstReferences):
+    """ROUGE-L F1, the best over the references, in [0, 1]."""
+
+    metric = rouge_l
+
+
+@register("chrf")
+class ChrfTerm(_AgainstReferences):
+    """chrF by sacrebleu, against the nearest reference, in [0, 1]."""
+
+    metric = chrf
+
+
+class _AgainstAnswers(Term):
+    """A plain function of an answer and what people answered. Raises UserError for a row without answers."""
+
+    needs_answers = True
+    metric: ClassVar[Callable[[str, Sequence[str]], float]]
+
+    def __call__(
+        self, captions: Sequence[str], rows: Sequence[Row], finished: Sequence[bool] | None = None
+    ) -> list[float]:
+        return [type(self).metric(text, row.known_answers) for text, row in zip(captions, rows, strict=True)]
+
+
+@register("vqa_accuracy")
+class VqaAccuracyTerm(_AgainstAnswers):
+    """VQA accuracy of an answer, in [0, 1]: as far as three people agree; with one known answer, exact match."""
+
+    metric = vqa_accuracy
+
+
+@register("exact_match")
+class ExactMatchTerm(_AgainstAnswers):
+    """1 for an answer that somebody gave, after the normalisation of VQA, else 0."""
+
+    metric = exact_match
+
+
+@register("clip_score")
+class ClipScoreTerm(Term):
+    """CLIPScore of caption and picture, or with `references` RefCLIPScore: `mmft.models.clip_score`."""
+
+    needs_images = True
+
+    def __init__(self, model: str, references: bool = False, prompt: str = "A photo depicts"):
+        from mmft.models.clip_score import ClipScore
+
+        self.needs_references = references  # type: ignore[misc]
+        self.clip = ClipScore(model, prompt)
+
+    def __call__(
+        self, captions: Sequence[str], rows: Sequence[Row], finished: Sequence[bool] | None = None
+    ) -> list[float]:
+        return self.clip(captions, rows, self.needs_references)
 
 
 @register("length")

@@ -48,15 +48,17 @@ def choose_metric(wanted: str, row: Row, terms: Collection[str]) -> str | None:
     Returns None where `auto` finds none. Raises UserError for a metric that does not exist, that the reward contains,
     or that these rows do not allow.
     """
-    possible = list(evaluate_captions(["a"], [row], finished=[True]))
+    inside = {"bleu_4" if kind == "bleu" else kind for kind in terms}
+    measured = evaluate_captions(["a"], [row], finished=[True])
+    possible = [name for name in measured if name != "cider_d"]  # which is a measure of a whole set
     if wanted == "auto":
-        return next((name for name in ("oracle_f1", "rouge_l", "bleu_4") if name in possible), None)
+        outside = (name for name in ("oracle_f1", "rouge_l", "bleu_4", "chrf") if name not in inside)
+        return next((name for name in outside if name in possible), None)
     if wanted not in possible:
         near = difflib.get_close_matches(wanted, possible, n=1)
         hint = f"did you mean {near[0]}?" if near else f"these pictures allow {', '.join(possible)}"
         raise UserError(f"reward.tripwire.metric: {wanted!r} cannot be measured here; {hint}")
-    inside = {"bleu_4": "bleu"}.get(wanted, wanted)
-    if inside in terms:
+    if wanted in inside:
         raise UserError(f"reward.tripwire.metric: {wanted!r} is in the reward, so it cannot guard it")
     return wanted
 
@@ -104,7 +106,7 @@ class RewardGuard(TrainerCallback):
 
     def watch(self, rollout: Rollout) -> dict[str, float]:
         """The metric of a batch, to be logged with it."""
-        scores = evaluate_captions(rollout.captions, rollout.rows, None, rollout.finished_B.tolist())
+        scores = evaluate_captions(rollout.captions, rollout.rows, None, rollout.finished_B.tolist(), self.metric)
         values = scores.get(self.metric, np.array([math.nan]))
         defined = values[np.isfinite(values)]
         return {PREFIX + self.metric: float(defined.mean()) if len(defined) else math.nan}
