@@ -211,6 +211,13 @@ class SFTAlgorithm(Block):
     max_grad_norm: float = Field(1.0, gt=0, description="Clip the gradient to this norm.")
 
 
+AlgorithmConfig = Annotated[PPOAlgorithm | SFTAlgorithm, Field(discriminator="type")]
+
+
+def _ppo_unless_said(value: object) -> object:
+    return {"type": "ppo", **value} if isinstance(value, dict) else value
+
+
 class WarmUpConfig(Block):
     """Supervised steps before reinforcement learning: a policy that never says anything good has nothing to reinforce.
 
@@ -335,15 +342,15 @@ class Recipe(Block):
     model: ModelConfig = Field(ModelConfig(), description="The pretrained policy and its adapters.")
     data: DataConfig = Field(description="Pictures and references.")
     reward: RewardConfig = Field(description="What a good caption is.")
-    algorithm: Annotated[PPOAlgorithm | SFTAlgorithm, Field(discriminator="type")] = Field(
-        PPOAlgorithm(), description="How the policy learns."
+    algorithm: Annotated[AlgorithmConfig, BeforeValidator(_ppo_unless_said)] = Field(
+        PPOAlgorithm(), description="How the policy learns; without a type, by ppo."
     )
-    warm_up: WarmUpConfig | None = Field(None, description="Supervised steps beforehand; null: none.")
     anchor: AnchorConfig = Field(AnchorConfig(), description="Pull to the pretrained weights.")
     adapter_penalty: float = Field(0.0, ge=0, description="Weight of the adapters' own squared norm (equation E25).")
     kl: KLConfig = Field(KLConfig(), description="Pull to the pretrained policy.")
     generation: GenerationConfig = Field(GenerationConfig(), description="Sampling in training.")
     train: TrainConfig = Field(TrainConfig(), description="Steps, batch, learning rate.")
+    warm_up: WarmUpConfig | None = Field(None, description="Supervised steps before those of ppo; null: none.")
     eval: EvalConfig = Field(EvalConfig(), description="Before and after.")
     accelerate: str | None = Field(
         None, min_length=1, description="Config to launch with: a name in recipes/accelerate, as ddp, or a file."

@@ -22,30 +22,6 @@ from mmft.metrics.rouge_l import coco_rouge_l
 
 TEXT = "a the dog cat red blue big small on in two under tree house runs sleeps and beside of ball black white with"
 WORDS = TEXT.split()
-    "a",
-    "the",
-    "dog",
-    "cat",
-    "red",
-    "blue",
-    "big",
-    "small",
-    "on",
-    "in",
-    "two",
-    "under",
-    "tree",
-    "house",
-    "runs",
-    "sleeps",
-    "and",
-    "beside",
-    "of",
-    "ball",
-    "black",
-    "white",
-    "with",
-]
 
 
 def sentence(rng: random.Random) -> str:
