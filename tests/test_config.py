@@ -126,7 +126,7 @@ def test_interpolation(recipe_file: Path) -> None:
         ("reward.terms.0.wieght=2", "reward.terms.0.wieght: unknown key; did you mean weight?"),
         ("reward.terms.9.weight=1", "reward.terms.9.weight: list index out of range"),
         ("data.type=imagfolder", 'data.type: unknown type "imagfolder"; did you mean imagefolder?'),
-        ("data.type=coco", 'data.type: unknown type "coco"; there is scenes, imagefolder'),
+        ("data.type=zzz", 'data.type: unknown type "zzz"; there is scenes, imagefolder'),
         ("algorithm.type=grpo", 'algorithm.type: unknown type "grpo"; there is ppo'),
         ("data={path: x}", "data.type: missing; one of scenes, imagefolder"),
         ("data.type=imagefolder", "data.path: missing"),

@@ -177,7 +177,7 @@ class TestBadRows:
             ImageFolder(tmp_path)
         (tmp_path / "metadata.jsonl").unlink()
         (tmp_path / "metadata.csv").write_text("file_name,caption\n")
-        with pytest.raises(UserError, match="captions are read from metadata.jsonl alone"):
+        with pytest.raises(UserError, match="no usable rows"):
             ImageFolder(tmp_path)
         with pytest.raises(UserError, match="not a folder"):
             ImageFolder(tmp_path / "metadata.csv")

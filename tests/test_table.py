@@ -175,11 +175,11 @@ def test_too_many_bad_rows_stop(tmp_path: Path) -> None:
 
 
 def test_what_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no \.jsonl or \.parquet file there"):
+    with pytest.raises(UserError, match=r"no \.jsonl or \.csv or \.tsv or \.parquet file there"):
         open_training(config(tmp_path / "nowhere"))
-    (tmp_path / "x.csv").write_text("a,b")
-    with pytest.raises(UserError, match=r"x\.csv: not one of"):
-        open_training(config(tmp_path / "x.csv"))
+    (tmp_path / "x.xlsx").write_text("a,b")
+    with pytest.raises(UserError, match=r"x\.xlsx: not one of"):
+        open_training(config(tmp_path / "x.xlsx"))
     (tmp_path / "x.parquet").write_bytes(b"PAR1 nothing")
     with pytest.raises(UserError, match=r"x\.parquet: cannot be read as parquet"):
         open_training(config(tmp_path / "x.parquet"))

@@ -36,6 +36,7 @@ from mmft.config.reward_recipe import (
 )
 from mmft.config.schema import (
     AnchorConfig,
+    CocoConfig,
     ColumnsConfig,
     DataConfig,
     EvalConfig,
@@ -62,6 +63,7 @@ __all__ = [
     "AnnotatorsConfig",
     "BadEndingTerm",
     "BleuTerm",
+    "CocoConfig",
     "ColumnsConfig",
     "Corruptions",
     "DataConfig",

@@ -105,24 +105,41 @@ class ScenesConfig(Block):
 
 
 class ColumnsConfig(Block):
-    """Names of the fields in each line of metadata.jsonl."""
+    """Names of the fields of metadata.jsonl or metadata.csv."""
 
     image: str = Field("file_name", min_length=1, description="Picture file, relative to the folder.")
     references: str | None = Field(
         None, min_length=1, description="Caption or list of captions; null tries caption, captions, references."
     )
     question: str = Field("question", min_length=1, description="Question about the picture, used as its prompt.")
-    answer: str = Field("answer", min_length=1, description="Answer to the question.")
+    answer: str | None = Field(None, min_length=1, description="Answer, or everybody's; null tries answer and answers.")
 
 
 class ImageFolderConfig(Block):
-    """A folder of pictures with a metadata.jsonl of captions, as `datasets` lays it out."""
+    """A folder of pictures with captions in a metadata.jsonl or metadata.csv, as `datasets` lays it out."""
 
     type: Literal["imagefolder"] = Field("imagefolder", description="Your own pictures.")
     path: str = Field(min_length=1, description="The folder.")
     prompt: str = Field("Describe the picture.", min_length=1, description="What the policy is asked.")
     columns: ColumnsConfig = Field(ColumnsConfig(), description="Field names in metadata.jsonl.")
     eval_fraction: float = Field(0.1, ge=0, lt=1, description="Share of pictures held out for evaluation.")
+    seed: int = Field(0, ge=0, description="Which pictures are held out.")
+    on_bad_row: Literal["skip", "raise"] = Field("skip", description="Skip and list unreadable rows, or stop.")
+    max_bad_fraction: float = Field(
+        0.1, ge=0, le=1, description="Share of rows that may be skipped before the run stops; 1: any."
+    )
+
+
+class CocoConfig(Block):
+    """COCO captions: the official JSON, or Karpathy's, which says itself which pictures are held out."""
+
+    type: Literal["coco"] = Field("coco", description="COCO caption files.")
+    path: str = Field(min_length=1, description="captions_*.json, or dataset_coco.json.")
+    pictures: str | None = Field(None, min_length=1, description="Folder of the pictures; null: that of the JSON file.")
+    heldout_path: str | None = Field(None, min_length=1, description="A second JSON file, to evaluate on.")
+    heldout_split: Literal["val", "test"] = Field("val", description="Karpathy's split to evaluate on.")
+    prompt: str = Field("Describe the picture.", min_length=1, description="What the policy is asked.")
+    eval_fraction: float = Field(0.1, ge=0, lt=1, description="Share held out where the files say nothing.")
     seed: int = Field(0, ge=0, description="Which pictures are held out.")
     on_bad_row: Literal["skip", "raise"] = Field("skip", description="Skip and list unreadable rows, or stop.")
     max_bad_fraction: float = Field(
@@ -138,7 +155,7 @@ class TableColumnsConfig(Block):
     )
     references: str | None = Field(None, min_length=1, description="Caption or list of captions.")
     question: str | None = Field(None, min_length=1, description="Question about the picture, used as its prompt.")
-    answer: str | None = Field(None, min_length=1, description="Answer to the question.")
+    answer: str | None = Field(None, min_length=1, description="Answer to the question, or everybody's.")
 
 
 class StreamedConfig(Block):
@@ -156,9 +173,9 @@ class StreamedConfig(Block):
 
 
 class TableConfig(StreamedConfig):
-    """JSON lines or parquet, of any size: read while training goes on."""
+    """JSON lines, CSV or parquet, of any size: read while training goes on."""
 
-    type: Literal["table"] = Field("table", description="Rows of .jsonl or .parquet files.")
+    type: Literal["table"] = Field("table", description="Rows of .jsonl, .csv, .tsv or .parquet files.")
     path: str = Field(min_length=1, description="A file, a folder, or a pattern as data/*.parquet.")
     heldout_path: str | None = Field(
         None, min_length=1, description="Held-out rows; null holds out eval_fraction of the pictures."
@@ -177,7 +194,9 @@ class HubDataConfig(StreamedConfig):
     )
 
 
-DataConfig = Annotated[ScenesConfig | ImageFolderConfig | TableConfig | HubDataConfig, Field(discriminator="type")]
+DataConfig = Annotated[
+    ScenesConfig | ImageFolderConfig | CocoConfig | TableConfig | HubDataConfig, Field(discriminator="type")
+]
 
 
 class PPOAlgorithm(Block):

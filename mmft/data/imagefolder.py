@@ -1,4 +1,4 @@
-"""People's own pictures: a folder of picture files, with captions in an optional `metadata.jsonl`.
+"""People's own pictures: a folder of picture files, with captions in an optional `metadata.jsonl` or `metadata.csv`.
 
 The layout is that of Hugging Face's `imagefolder`; see docs/data.md. Nothing is decoded before it is asked for.
 """
@@ -10,7 +10,7 @@ import os
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -20,7 +20,9 @@ from mmft.data.bad_rows import BadRows, describe
 from mmft.data.metadata import (
     Accept,
     BadRow,
+    answers_of,
     check_references,
+    csv_rows,
     file_name_of,
     numbered_lines,
     parse_line,
@@ -33,13 +35,14 @@ from mmft.data.pictures import UNREADABLE, load_picture, unreadable, verify_pict
 from mmft.types import Row, UserError
 
 METADATA = "metadata.jsonl"
+CSV = ("metadata.csv", "metadata.tsv")
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 QUESTION = "{question}"
 SPLITS = ("train", "heldout", "all")
 
 
 @dataclass(frozen=True)
-class _Entry:
+class Entry:
     """One row before its picture is decoded. `line` is its 1-based line of the metadata, None where it has none."""
 
     id: str
@@ -48,6 +51,7 @@ class _Entry:
     references: tuple[str, ...] = ()
     question: str | None = None
     answer: str | None = None
+    answers: tuple[str, ...] = ()
 
 
 class ImageFolder:
@@ -56,7 +60,8 @@ class ImageFolder:
     Args:
         path: the folder. Its `metadata.jsonl` has one JSON object a line: `file_name` relative to the folder, and
             optionally `caption` (text or list of texts; also `captions`, `references`), `question`, `answer`.
-            Pictures without a line are rows without references.
+            Pictures without a line are rows without references. A `metadata.csv` (or .tsv) has these as columns;
+            its rows of one picture are several references of it.
         prompt: what a picture is asked. A row with a question asks that, in place of `{question}` where the prompt
             has it (then every row needs one), of the whole prompt where it does not.
         columns: other names for the columns `image`, `references`, `question`, `answer`.
@@ -101,7 +106,7 @@ class ImageFolder:
             raise UserError(f"{self.path}: no usable rows" + self._first_reason())
         self.bad_rows.total, self.bad_rows.max_fraction = len(entries) + len(self.bad_rows), max_bad_fraction
         self.bad_rows.judge()
-        self._entries = _take_split(entries, split, eval_fraction, seed)
+        self._entries = self._side(entries, eval_fraction, seed)
         if not self._entries:
             raise UserError(
                 f"{self.path}: no pictures in split {split!r}: eval_fraction is {eval_fraction} "
@@ -151,7 +156,7 @@ class ImageFolder:
         """The first rows with `image=None`: what fitting a reward's statistics or checking its references needs."""
         return (self._row(entry, None) for entry in self._entries[:limit])
 
-    def _row(self, entry: _Entry, image: Image | None) -> Row:
+    def _row(self, entry: Entry, image: Image | None) -> Row:
         return Row(
             id=entry.id,
             image=image,
@@ -159,6 +164,7 @@ class ImageFolder:
             references=entry.references,
             question=entry.question,
             answer=entry.answer,
+            answers=entry.answers,
         )
 
     def _prompt(self, question: str | None) -> str:
@@ -166,27 +172,29 @@ class ImageFolder:
             return self.prompt
         return self.prompt.replace(QUESTION, question) if QUESTION in self.prompt else question
 
+    def _side(self, entries: list[Entry], eval_fraction: float, seed: int) -> list[Entry]:
+        return take_split(entries, self.split, eval_fraction, seed)
+
     # -- reading -------------------------------------------------------------------------------------------------
 
-    def _read(self) -> list[_Entry]:
+    def _read(self) -> list[Entry]:
         """Rows in the metadata's order, then the pictures it does not mention, by name."""
-        files = _list_files(self.path)
-        entries: list[_Entry] = []
+        files = list_files(self.path)
+        self.metadata = next((self.path / name for name in (METADATA, *CSV) if name in files), self.path / METADATA)
+        entries: list[Entry] = []
         mentioned: dict[str, int] = {}
-        metadata = self.path / METADATA
-        if METADATA in files:
-            for line, raw in numbered_lines(metadata):
-                name = None
-                try:
-                    record = parse_line(raw)
-                    name = file_name_of(record, self._columns["image"])
-                    count = mentioned[name] = mentioned.get(name, 0) + 1
-                    entry_id = name if count == 1 else f"{name}#{count}"  # several questions to one picture
-                    entries.append(self._entry(record, entry_id, name, line, files))
-                except BadRow as bad:
-                    self._bad(line, str(bad), name)
-        elif "metadata.csv" in files:
-            raise UserError(f"{self.path / 'metadata.csv'}: captions are read from {METADATA} alone; convert it")
+        for line, raw in self._lines(files):
+            name = None
+            try:
+                record = parse_line(raw) if isinstance(raw, bytes) else raw
+                name = file_name_of(record, self._columns["image"])
+                count = mentioned[name] = mentioned.get(name, 0) + 1
+                entry_id = name if count == 1 else f"{name}#{count}"  # several questions to one picture
+                entries.append(self._entry(record, entry_id, name, line, files))
+            except BadRow as bad:
+                self._bad(line, str(bad), name)
+        if self.metadata.name in CSV:
+            entries = _together(entries)
         unmentioned = (name for name in sorted(files) if name not in mentioned)
         pictures = [name for name in unmentioned if PurePosixPath(name).suffix.lower() in SUFFIXES]
         if QUESTION in self.prompt:  # nothing to ask of a picture without a line
@@ -194,12 +202,17 @@ class ImageFolder:
         for name in pictures:
             try:
                 check_references((), self._references_for)
-                entries.append(_Entry(id=name, file_name=name))
+                entries.append(Entry(id=name, file_name=name))
             except BadRow as bad:
                 self._bad(None, str(bad), name)
         return entries
 
-    def _entry(self, record: dict[str, Any], entry_id: str, name: str, line: int, files: frozenset[str]) -> _Entry:
+    def _lines(self, files: frozenset[str]) -> Iterator[tuple[int, Any]]:
+        if self.metadata.name not in files:
+            return iter(())
+        return numbered_lines(self.metadata) if self.metadata.name == METADATA else csv_rows(self.metadata)
+
+    def _entry(self, record: dict[str, Any], entry_id: str, name: str, line: int, files: frozenset[str]) -> Entry:
         # A file behind a linked folder is not in the listing, hence the second look.
         if name not in files and not os.path.isfile(self.path / name):
             raise BadRow(f"{self._columns['image'][0]}: no picture {name[:200]!r} in the folder")
@@ -208,16 +221,9 @@ class ImageFolder:
             raise BadRow(f"{self._columns['question'][0]}: missing, and the prompt has {QUESTION}")
         references = texts_of(record, self._columns["references"])
         check_references(references, self._references_for)
-        return _Entry(
-            id=entry_id,
-            file_name=name,
-            line=line,
-            references=references,
-            question=question,
-            answer=text_of(record, self._columns["answer"]),
-        )
+        return Entry(entry_id, name, line, references, question, *answers_of(record, self._columns["answer"]))
 
-    def _verified(self, entries: Sequence[_Entry]) -> list[_Entry]:
+    def _verified(self, entries: Sequence[Entry]) -> list[Entry]:
         """The entries whose picture has a sound header. Reading headers waits on the disk, hence the threads."""
         names = list(dict.fromkeys(entry.file_name for entry in entries))
         with ThreadPoolExecutor(max_workers=8) as pool:
@@ -242,7 +248,7 @@ class ImageFolder:
 
     def _bad(self, line: int | None, reason: str, name: str | None) -> None:
         """Lists a bad row once, or raises. `row` is the metadata's line; a picture without a line is its own file."""
-        file = str(self.path / METADATA) if line is not None else str(self.path / (name or ""))
+        file = str(self.metadata) if line is not None else str(self.path / (name or ""))
         if line is not None and name is not None and name not in reason:
             reason = f"{name}: {reason}"
         self.bad_rows.add(file, line, reason)
@@ -254,7 +260,21 @@ class ImageFolder:
         return f"; the first bad row: {describe(self.bad_rows[0])}" + (f" (and {more} more)" if more else "")
 
 
-def _list_files(folder: Path) -> frozenset[str]:
+def _together(entries: Sequence[Entry]) -> list[Entry]:
+    """Rows of one picture and question as one, with the references of all: a CSV has no lists."""
+    found: dict[tuple[str, str | None], list[Entry]] = {}
+    for entry in entries:
+        found.setdefault((entry.file_name, entry.question), []).append(entry)
+    return [_joined(of_one) for of_one in found.values()]
+
+
+def _joined(entries: Sequence[Entry]) -> Entry:
+    references = tuple(dict.fromkeys(text for entry in entries for text in entry.references))
+    answers = tuple(entry.answer for entry in entries if entry.answer is not None)
+    return replace(entries[0], references=references, answers=answers if len(answers) > 1 else ())
+
+
+def list_files(folder: Path) -> frozenset[str]:
     """Every file below the folder, as POSIX paths relative to it; hidden files and folders left out."""
     if not folder.is_dir():
         raise UserError(f"{folder}: " + ("not a folder" if folder.exists() else "no such folder"))
@@ -270,7 +290,7 @@ def _list_files(folder: Path) -> frozenset[str]:
     return frozenset(names)
 
 
-def _take_split(entries: list[_Entry], split: str, eval_fraction: float, seed: int) -> list[_Entry]:
+def take_split(entries: list[Entry], split: str, eval_fraction: float, seed: int) -> list[Entry]:
     """The rows of one split. Chance must not leave a small folder with nothing on one side: where it would, and
     there are two pictures or more, the picture nearest the border crosses it."""
     if split == "all":

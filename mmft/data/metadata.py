@@ -1,10 +1,12 @@
-"""Reading a `metadata.jsonl`: one JSON object a line, each column checked, each fault named by key."""
+"""Reading metadata, JSON lines or CSV: each column checked, each fault named by key."""
 
 from __future__ import annotations
 
+import csv
 import difflib
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ DEFAULT_COLUMNS: dict[str, tuple[str, ...]] = {
     "image": ("file_name",),
     "references": ("caption", "captions", "references"),
     "question": ("question",),
-    "answer": ("answer",),
+    "answer": ("answer", "answers"),
 }
 
 
@@ -57,6 +59,26 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
         raise UserError(f"{path}: cannot read ({error.strerror})") from error
 
 
+def csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Rows of a CSV, or of a TSV, each with the number of its last line; blank fields are left out.
+
+    Raises UserError for a file without a header or not in UTF-8: which rows such a file has cannot be told.
+    """
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
+            if not reader.fieldnames:
+                raise UserError(f"{path}: no header line that names the columns")
+            for row in reader:
+                yield reader.line_num, {name: value for name, value in row.items() if name and value}
+    except OSError as error:
+        raise UserError(f"{path}: cannot read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text; save it as UTF-8") from error
+    except csv.Error as error:
+        raise UserError(f"{path}: line {reader.line_num}: {error}") from error
+
+
 def parse_line(raw: bytes) -> dict[str, Any]:
     try:
         record = json.loads(raw.decode("utf-8"))
@@ -76,7 +98,7 @@ def _find(record: dict[str, Any], names: tuple[str, ...]) -> tuple[str, Any]:
     for name in names:
         if name in record:
             return name, record[name]
-    if names not in DEFAULT_COLUMNS.values():
+    if len(names) == 1 and names not in DEFAULT_COLUMNS.values():
         near = difflib.get_close_matches(names[0], record, n=1)
         raise BadRow(f"{names[0]}: no such column" + (f"; did you mean {near[0]}?" if near else ""))
     return names[0], None
@@ -110,6 +132,7 @@ def texts_of(record: dict[str, Any], names: tuple[str, ...]) -> tuple[str, ...]:
     items = [value] if isinstance(value, str) else value
     if not isinstance(items, list):
         raise BadRow(f"{key}: expected text or a list of texts, found {_kind(value)}")
+    items = [_nested(item) for item in items]
     for item in items:
         if not isinstance(item, str):
             raise BadRow(f"{key}: expected text or a list of texts, found {_kind(item)} in it")
@@ -117,6 +140,21 @@ def texts_of(record: dict[str, Any], names: tuple[str, ...]) -> tuple[str, ...]:
             raise BadRow(f"{key}: empty text")
         _check_unicode(key, item)
     return tuple(item.strip() for item in items)
+
+
+def _nested(item: Any) -> Any:
+    """The text in an object: hub sets have sentences of {"raw": ...}, answers of {"answer": ...}."""
+    if not isinstance(item, dict):
+        return item
+    return next((item[name] for name in ("raw", "caption", "text", "answer") if isinstance(item.get(name), str)), item)
+
+
+def answers_of(record: dict[str, Any], names: tuple[str, ...]) -> tuple[str | None, tuple[str, ...]]:
+    """(the answer that most people gave, everybody's answers where there are several); None where there is none."""
+    if not isinstance(_find(record, names)[1], list):
+        return text_of(record, names), ()
+    answers = texts_of(record, names)
+    return (Counter(answers).most_common(1)[0][0] if answers else None), (answers if len(answers) > 1 else ())
 
 
 def check_references(references: Sequence[str], needed_for: str | None) -> None:

@@ -1,14 +1,15 @@
-"""Records of data sets larger than memory: JSON lines, parquet, and hub sets, one after the other, from any position.
+"""Records of data sets larger than memory: JSON lines, CSV, parquet, and hub sets, one after the other, from any place.
 
 Nothing is scanned beforehand. A JSONL file is cut at byte positions, and a part holds the lines that begin in it; a
-parquet file is cut into its row groups. Parts come in an order of their own in each epoch.
+parquet file is cut into its row groups; a CSV is one part, for a line may be the middle of a quoted field. Parts come
+in an order of their own in each epoch.
 """
 
 from __future__ import annotations
 
 import copy
 import glob
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,10 +17,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from mmft.data.bad_rows import BadRows
-from mmft.data.metadata import BadRow, parse_line
+from mmft.data.metadata import BadRow, csv_rows, parse_line
 from mmft.types import UserError
 
-SUFFIXES = (".jsonl", ".parquet")
+SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
 _PART = 2**23  # bytes of a JSONL file
 _BATCH = 64  # rows that are read from a parquet file at once
 
@@ -90,7 +91,7 @@ class _TableStream:
         while self.part < len(self.order):
             part = self.records.parts[self.order[self.part]]
             lines: Iterator[tuple[int, Any, int]]
-            lines = _read_jsonl(part) if part.file.suffix == ".jsonl" else _read_parquet(part)
+            lines = _READERS.get(part.file.suffix, _read_csv)(part)
             for number, (row, data, size) in enumerate(lines):
                 if number < self.skip:
                     continue
@@ -132,6 +133,9 @@ def _parts(file: Path) -> Iterator[_Part]:
         for start in range(0, size, _PART):
             yield _Part(file, start, min(start + _PART, size))
         return
+    if file.suffix != ".parquet":
+        yield _Part(file, 0, 1)
+        return
     first = 0
     with _parquet(file) as table:
         for group in range(table.num_row_groups):
@@ -154,6 +158,11 @@ def _read_jsonl(part: _Part) -> Iterator[tuple[int, bytes, int]]:
         raise UserError(f"{part.file}: cannot read ({error.strerror or error})") from error
 
 
+def _read_csv(part: _Part) -> Iterator[tuple[int, dict[str, Any], int]]:
+    for line, row in csv_rows(part.file):
+        yield line, row, sum(map(len, row.values()))
+
+
 def _read_parquet(part: _Part) -> Iterator[tuple[int, dict[str, Any], int]]:
     row = part.first_row
     with _parquet(part.file) as table:
@@ -162,6 +171,12 @@ def _read_parquet(part: _Part) -> Iterator[tuple[int, dict[str, Any], int]]:
             for i in range(batch.num_rows):
                 yield row, {name: batch.column(name)[i].as_py() for name in batch.schema.names}, size
                 row += 1
+
+
+_READERS: dict[str, Callable[[_Part], Iterator[tuple[int, Any, int]]]] = {
+    ".jsonl": _read_jsonl,
+    ".parquet": _read_parquet,
+}
 
 
 def _parquet(file: Path) -> Any:

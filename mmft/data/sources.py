@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Protocol
 
-from mmft.config import DataConfig, HubDataConfig, ScenesConfig, TableConfig
+from mmft.config import CocoConfig, DataConfig, HubDataConfig, ScenesConfig, TableConfig
+from mmft.data.coco import CocoCaptions
 from mmft.data.cursor import RowCursor, Shuffled
 from mmft.data.imagefolder import ImageFolder
 from mmft.data.scenes import EmojiScenes
@@ -44,6 +45,8 @@ def open_source(
         return EmojiScenes(
             samples or config.samples, "heldout" if split == "heldout" else "train", config.seed, config.prompt
         )
+    if isinstance(config, CocoConfig):
+        return CocoCaptions(config, split, references_for)
     return ImageFolder(
         config.path,
         config.prompt,

@@ -8,6 +8,7 @@ import hashlib
 import io
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from mmft.data.metadata import (
     DEFAULT_COLUMNS,
     Accept,
     BadRow,
+    answers_of,
     check_references,
     find_value,
     take_any,
@@ -31,7 +33,9 @@ from mmft.data.pictures import UNREADABLE, load_picture, unreadable
 from mmft.data.records import HubRecords, Record, Records, TableRecords
 from mmft.types import Row, UserError
 
-IMAGE_COLUMNS = ("image", "picture", "file_name", "image_path", "image_bytes")
+IMAGE_COLUMNS = ("image", "picture", "img", "file_name", "image_path", "image_bytes", "jpg", "png")
+# Beside those of metadata files: what hub sets call their captions.
+REFERENCE_COLUMNS = (*DEFAULT_COLUMNS["references"], "sentences", "sentence", "text", "txt", "description")
 _WINDOW_BYTES = 2**28  # undecoded rows that are shuffled at once take no more
 _ROWS = 1000  # rows, where nobody says how many
 _FIRST_BYTES = 2**28  # read for a reward's statistics and no more
@@ -45,7 +49,8 @@ class RowMaker:
         chosen = config.columns
         self.image = (chosen.image,) if chosen.image else IMAGE_COLUMNS
         names = {"references": chosen.references, "question": chosen.question, "answer": chosen.answer}
-        self.columns = {key: (name,) if name else DEFAULT_COLUMNS[key] for key, name in names.items()}
+        usual = DEFAULT_COLUMNS | {"references": REFERENCE_COLUMNS}
+        self.columns = {key: (name,) if name else usual[key] for key, name in names.items()}
         self.accept: Accept = take_any
 
     def texts(self, record: Record) -> Row:
@@ -58,14 +63,9 @@ class RowMaker:
             prompt = prompt.replace(QUESTION, question) if QUESTION in prompt else question
         references = texts_of(record.data, self.columns["references"])
         check_references(references, self.references_for)
-        return Row(
-            id=f"{Path(record.file).name}:{record.row}",
-            image=None,
-            prompt=prompt,
-            references=references,
-            question=question,
-            answer=text_of(record.data, self.columns["answer"]),
-        )
+        answer, answers = answers_of(record.data, self.columns["answer"])
+        name = f"{Path(record.file).name}:{record.row}"
+        return Row(name, None, prompt, references, question, answer, answers=answers)
 
     def whole(self, record: Record) -> Row:
         """The row with its picture, decoded now."""
@@ -74,7 +74,7 @@ class RowMaker:
             image = load_picture(io.BytesIO(value) if isinstance(value, bytes) else self.folder / value)
         except UNREADABLE as error:
             raise BadRow(unreadable(error)) from error
-        row = Row(row.id, image, row.prompt, row.references, row.question, row.answer)
+        row = replace(row, image=image)
         self.accept(row)
         return row
 
@@ -92,7 +92,8 @@ class RowMaker:
         if isinstance(value, bytes) and value:
             return value
         if not isinstance(value, str) or not value.strip() or "\0" in value:
-            raise BadRow(f"{key}: no picture: expected a path, bytes or base64 text")
+            there = ", ".join(sorted(record.data)[:12])
+            raise BadRow(f"{key}: no picture: expected a path, bytes or base64 text; the columns are {there}")
         if len(value) < 4096 and os.path.isfile(self.folder / value):
             return value
         try:
