@@ -67,6 +67,11 @@ class Row:
         return () if self.image is None else (self.image, *self.more_images)
 
     @property
+    def is_asked(self) -> bool:
+        """Whether the prompt asks the question; some data has questions beside a prompt that asks something else."""
+        return self.question is not None and self.question in self.prompt
+
+    @property
     def known_answers(self) -> tuple[str, ...]:
         """Everybody's answers. Raises UserError where there is none."""
         known = self.answers or ((self.answer,) if self.answer is not None else ())

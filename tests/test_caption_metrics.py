@@ -173,6 +173,8 @@ def test_evaluation_measures_what_rows_allow() -> None:
     scores = evaluate_captions([*GOOD, "dog"], [*rows(), Row("9", None, "what?", (), "what?", "a dog")])
     assert scores["cider_d"][:2] == pytest.approx(corpus_cider_d(GOOD, REFERENCES))
     assert math.isnan(scores["cider_d"][2]) and scores["vqa_accuracy"][2] == 1.0 and math.isnan(scores["chrf"][2])
+    briefly = Row("9", None, "Briefly: what?", (), "what?", "a dog")
+    assert evaluate_captions(["dog"], [briefly])["exact_match"][0] == 1.0
     unasked = evaluate_captions(["dog"], [Row("9", None, "Describe.", ("a dog",), "what?", "a dog")])
     assert "vqa_accuracy" not in unasked, "the question was not asked"
     assert not {"cider_d", "chrf"} & evaluate_captions(GOOD, rows(), only="rouge_l").keys()
@@ -194,7 +196,7 @@ def two_towers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 
 def test_clip_score(two_towers: Path) -> None:
-    from mmft.models.clip_score import ClipScore
+    from mmft.models.clip_score import ClipScore, picture_key
 
     pictures = [Row(str(i), Image.new("RGB", (20, 20), colour), "p", ("a dog", "two dogs")) for i, colour in
                 enumerate(("red", "blue", "white"))]  # fmt: skip
@@ -203,12 +205,17 @@ def test_clip_score(two_towers: Path) -> None:
     scores = clip(captions, pictures)
     assert all(0 <= score <= 2.5 for score in scores)
     assert clip(captions[1:2], pictures[1:2]) == pytest.approx(scores[1:2], abs=1e-5), "alone as in a batch"
-    vector = clip._pictures["0"]
-    clip._pictures["0"] = clip._texts(["a dog"])[0]
-    assert clip(["a dog"], pictures[:1]) == pytest.approx([2.5], abs=1e-4), "cosine 1, and the picture is kept"
-    assert clip(["a dog"], pictures[:1], True) == pytest.approx([2 * 2.5 / 3.5], abs=1e-4)
-    clip._pictures["0"] = -clip._texts(["a dog"])[0]
-    assert clip(["a dog"], pictures[:1]) == [0.0] == clip(["a dog"], pictures[:1], True)
+    assert len(clip._pictures) == 3, "each picture is kept"
+    other = Row("0", pictures[1].image, "p")
+    assert clip(captions[1:2], [other]) == pytest.approx(scores[1:2], abs=1e-5), "by what it shows, not by its row"
+    key = next(iter(clip._pictures))
+    red = next(row for row in pictures if picture_key(row.image) == key)
+    vector = clip._pictures[key]
+    clip._pictures[key] = clip._texts(["a dog"])[0]
+    assert clip(["a dog"], [red]) == pytest.approx([2.5], abs=1e-4), "cosine 1"
+    assert clip(["a dog"], [red], True) == pytest.approx([2 * 2.5 / 3.5], abs=1e-4)
+    clip._pictures[key] = -clip._texts(["a dog"])[0]
+    assert clip(["a dog"], [red]) == [0.0] == clip(["a dog"], [red], True)
     assert vector.norm() == pytest.approx(1.0, abs=1e-5)
     with pytest.raises(UserError, match="row 'x' has no picture"):
         clip(["a"], [Row("x", None, "p")])

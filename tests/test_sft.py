@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -93,6 +94,7 @@ def test_the_same_seed_gives_the_same_weights(tmp_path: Path) -> None:
 def test_what_is_to_be_said() -> None:
     row, rng = Row("1", None, "what is it?", ("a dog",), "what is it?", "dog"), random.Random(0)
     assert target_of(row, rng) == "dog"
+    assert target_of(dataclasses.replace(row, prompt="Briefly: what is it?"), rng) == "dog"
     assert target_of(dataclasses.replace(row, prompt="Describe."), rng) == "a dog", "the question is not asked"
     assert target_of(dataclasses.replace(row, answer=None), rng) == "a dog"
     assert target_of(Row("1", None, "Describe."), rng) is None
@@ -130,14 +132,15 @@ def test_a_warm_up_comes_before_what_is_called_before(warmed: Path, tmp_path: Pa
     assert (cold / "before.json").read_text() != (warmed / "before.json").read_text()
 
 
-def test_a_resumed_run_is_not_warmed_again(warmed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_resumed_run_is_not_warmed_again(warmed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     overrides = ("train.steps=3", "warm_up.steps=3", "warm_up.batch=8", "warm_up.lr=1e-2")
     recipe = load_recipe("caption_ppo_fixed", [*SMALL, *overrides, f"logging.dir={warmed.parent}"])
     log = (warmed / "warm_up.jsonl").read_bytes()
-    assert run.train(recipe, resume=str(warmed), force=True) == warmed
+    copy = shutil.copytree(warmed, tmp_path / warmed.name)
+    assert run.train(recipe, resume=str(copy), force=True) == copy
     said = capsys.readouterr().err
     assert "going on after step 2" in said and "warm-up" not in said
-    assert (warmed / "warm_up.jsonl").read_bytes() == log
+    assert (copy / "warm_up.jsonl").read_bytes() == log
 
 
 def test_a_whole_run(tmp_path: Path) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -81,6 +83,17 @@ def test_a_table_of_text(tmp_path: Path) -> None:
     sides = [rows_of(open_source(config, side)) for side in ("train", "heldout")]
     said = [{row.references[0] for row in side} for side in sides]
     assert said[0] | said[1] == {f"caption, {i}" for i in range(6)} and not said[0] & said[1]
+
+
+def test_a_picture_inside_a_csv(tmp_path: Path) -> None:
+    """Base64 of more than the 128 KiB that a field may have by default."""
+    noise = np.random.default_rng(0).integers(0, 256, (250, 250, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "noise.png")
+    text = base64.b64encode((tmp_path / "noise.png").read_bytes()).decode()
+    assert len(text) > 2**17
+    (tmp_path / "t.csv").write_text(f"image,caption\n{text},noise\n", encoding="utf-8")
+    (row,) = rows_of(open_source(TableConfig(path=str(tmp_path / "t.csv"), eval_fraction=0.0), "train"))
+    assert row.references == ("noise",) and row.image.size == (250, 250)
 
 
 # Several answers, and captions inside objects

@@ -22,6 +22,8 @@ DEFAULT_COLUMNS: dict[str, tuple[str, ...]] = {
 }
 
 
+csv.field_size_limit(2**26)  # a picture in base64 is more than the 128 KiB that Python allows
+
 MOST_CHARACTERS = 20_000  # of a caption or question: longer ones are no captions, and take hours to compare
 
 

@@ -100,7 +100,7 @@ def _against_references(captions: list[str], rows: list[Row], only: str | None) 
 
 
 def _against_answers(captions: list[str], rows: list[Row]) -> dict[str, list[float]]:
-    asked = [row.prompt == row.question and (row.answer is not None or bool(row.answers)) for row in rows]
+    asked = [row.is_asked and (row.answer is not None or bool(row.answers)) for row in rows]
     if not any(asked):
         return {}
     triples = list(zip(captions, rows, asked, strict=True))

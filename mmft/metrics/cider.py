@@ -19,7 +19,7 @@ END = "</s>"  # no word: tokens hold no such signs
 _SCALE = 10.0
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=1024)  # a policy says something new all the time: a large cache would only grow
 def _grams(words: tuple[str, ...], order: int) -> Mapping[Gram, int]:
     return Counter(words[i : i + n] for n in range(1, order + 1) for i in range(len(words) - n + 1))
 

@@ -6,12 +6,14 @@ EMNLP 2021: w = 2.5, max(cos, 0); RefCLIPScore is the harmonic mean with the cos
 
 from __future__ import annotations
 
+import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModel, AutoProcessor
@@ -41,7 +43,7 @@ class ClipScore:
             raise UserError(f"clip_score.model: {model!r} does not embed pictures and texts; use a CLIP or a SigLIP")
         self.prompt = prompt
         self.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self._pictures: OrderedDict[str, Tensor] = OrderedDict()
+        self._pictures: OrderedDict[bytes, Tensor] = OrderedDict()
 
     def __call__(self, captions: Sequence[str], rows: Sequence[Row], with_references: bool = False) -> list[float]:
         """B captions of B rows with pictures -> CLIPScores in [0, 2.5], or RefCLIPScores."""
@@ -57,18 +59,23 @@ class ClipScore:
 
     @torch.no_grad()
     def _pictures_of(self, rows: Sequence[Row]) -> Tensor:
+        keys: list[bytes] = []
+        new: dict[bytes, Image] = {}
         for row in rows:
             if row.image is None:
                 raise UserError(f"clip_score: row {row.id!r} has no picture")
-            if row.id in self._pictures:
-                self._pictures.move_to_end(row.id)
-        new = list({row.id: row for row in rows if row.id not in self._pictures}.values())
-        for i in range(0, len(new), _AT_ONCE):
-            part = new[i : i + _AT_ONCE]
-            pixels = self.processor(images=[row.image for row in part], return_tensors="pt")["pixel_values"]
+            keys.append(key := picture_key(row.image))
+            if key in self._pictures:
+                self._pictures.move_to_end(key)
+            else:
+                new[key] = row.image
+        unknown = list(new)
+        for i in range(0, len(unknown), _AT_ONCE):
+            part = unknown[i : i + _AT_ONCE]
+            pixels = self.processor(images=[new[key] for key in part], return_tensors="pt")["pixel_values"]
             found = _unit(self.model.get_image_features(pixel_values=pixels.to(self.model.device)))
-            self._pictures.update({row.id: vector for row, vector in zip(part, found, strict=True)})
-        given = torch.stack([self._pictures[row.id] for row in rows])
+            self._pictures.update(zip(part, found, strict=True))
+        given = torch.stack([self._pictures[key] for key in keys])
         while len(self._pictures) > _KEPT:
             self._pictures.popitem(last=False)
         return given
@@ -80,6 +87,11 @@ class ClipScore:
         padding = "max_length" if "siglip" in str(self.model.config.model_type) else True
         inputs = self.processor(text=texts, padding=padding, truncation=True, return_tensors="pt")
         return _unit(self.model.get_text_features(**inputs.to(self.model.device)))
+
+
+def picture_key(image: Image) -> bytes:
+    """A digest of what a picture shows: names of rows may be those of another data set's."""
+    return hashlib.blake2b(image.tobytes(), digest_size=16, salt=f"{image.width}x{image.height}"[:16].encode()).digest()
 
 
 def _unit(features: Any) -> Tensor:

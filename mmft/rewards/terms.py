@@ -25,14 +25,12 @@ from mmft.types import Row, UserError
 class Term:
     """One measure of captions.
 
-    needs_references: rows must hold reference captions. needs_answers: rows must hold an answer.
-    needs_fit: `fit` must see the training rows first.
+    needs_references: rows must hold reference captions. needs_fit: `fit` must see the training rows first.
     needs_images: rows must hold their pictures, in other processes too.
     sign: +1 when more is better, -1 for a cost; weights in recipes are never negative.
     """
 
     needs_references: ClassVar[bool] = False
-    needs_answers: ClassVar[bool] = False
     needs_fit: ClassVar[bool] = False
     needs_images: ClassVar[bool] = False
     sign: int = 1
@@ -185,7 +183,6 @@ class ChrfTerm(_AgainstReferences):
 class _AgainstAnswers(Term):
     """A plain function of an answer and what people answered. Raises UserError for a row without answers."""
 
-    needs_answers = True
     metric: ClassVar[Callable[[str, Sequence[str]], float]]
 
     def __call__(

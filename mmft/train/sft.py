@@ -46,7 +46,7 @@ class SFTSettings:
 
 def target_of(row: Row, rng: random.Random) -> str | None:
     """What the policy should say: the answer where a question is asked, or one of the references; None for neither."""
-    if row.answer is not None and row.prompt == row.question:
+    if row.answer is not None and row.is_asked:
         return row.answer
     return rng.choice(row.references) if row.references else None
 

@@ -159,7 +159,8 @@ class ZeroEngine(Engine):
         given = torch.stack([(p * g).sum() for p, g in zip(self._trained, held, strict=True)]).sum()
         self.engine.backward(given * self.trainer.ranks.count, scale_wrt_gas=False)
         parts = [part for group in self.zero.averaged_gradients.values() for part in group or ()]
-        squares = torch.stack([part.double().square().sum() for part in parts]).sum()
+        nothing = torch.zeros((), dtype=torch.float64, device=self._trained[0].device)  # a process may hold no part
+        squares = sum((part.double().square().sum() for part in parts), nothing)
         norm = float(self.trainer.ranks.total(squares).sqrt())
         if norm > limit:
             for part in parts:
