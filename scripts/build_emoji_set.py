@@ -4,9 +4,11 @@
     npm pack emojibase-data && tar xzf emojibase-data-*.tgz
     python scripts/build_emoji_set.py --emojibase package --out smol-vlm/emoji
 
-Writes pictures/*.png (128 x 128 on white), train.jsonl and heldout.jsonl (file_name, captions) and NOTICE. Left out are
-symbols, flags, components, families (grey silhouettes in this font), and what the font does not draw. Emoji whose names
-differ in the person alone ("man running", "woman running") are on one side of the split. Deterministic.
+Writes pictures/*.png (128 x 128 on white), train.jsonl and heldout.jsonl (file_name, captions) and NOTICE; in
+train_shuffled.jsonl and heldout_shuffled.jsonl the captions stand beside pictures of other rows, a control for what can
+be learned without looking. Left out are symbols, flags, components, families (grey silhouettes in this font), and what
+the font does not draw. Emoji whose names differ in the person alone ("man running", "woman running") are on one side of
+the split. Deterministic.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import random
 import re
 import sys
 from pathlib import Path
@@ -45,7 +48,7 @@ def main() -> int:
     known = json.loads((args.emojibase / "en" / "data.json").read_text(encoding="utf-8"))
     font = ImageFont.truetype(FONT, STRIKE)
     (args.out / "pictures").mkdir(parents=True, exist_ok=True)
-    rows: dict[str, list[str]] = {"train": [], "heldout": []}
+    rows: dict[str, list[dict[str, Any]]] = {"train": [], "heldout": []}
     seen: dict[bytes, str] = {}
     for item in known:
         if item.get("group") not in GROUPS or item["version"] > NEWEST or item["label"].startswith("family"):
@@ -56,12 +59,24 @@ def main() -> int:
         name = f"{item['hexcode']}.png"
         picture.save(args.out / "pictures" / name, optimize=True)
         row = {"file_name": f"pictures/{name}", "captions": captions(item), "group": GROUPS[item["group"]]}
-        rows["heldout" if is_held_out(item["label"]) else "train"].append(json.dumps(row, ensure_ascii=False))
-    for side, lines in rows.items():
-        (args.out / f"{side}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        rows["heldout" if is_held_out(item["label"]) else "train"].append(row)
+    for side, of_side in rows.items():
+        write(args.out / f"{side}.jsonl", of_side)
+        write(args.out / f"{side}_shuffled.jsonl", shuffled(of_side))
     (args.out / "NOTICE").write_text(NOTICE, encoding="utf-8")
     print(f"{len(rows['train'])} pictures to train on, {len(rows['heldout'])} held out -> {args.out}")
     return 0
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def shuffled(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with each other's pictures: each has that of the next in a random circle, so none its own."""
+    circle = random.Random(0).sample(range(len(rows)), len(rows))
+    following = dict(zip(circle, circle[1:] + circle[:1], strict=True))
+    return [{**row, "file_name": rows[following[i]]["file_name"]} for i, row in enumerate(rows)]
 
 
 def captions(item: dict[str, Any]) -> list[str]:

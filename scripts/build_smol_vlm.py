@@ -40,6 +40,7 @@ from transformers import (
 from mmft.data import scene_text
 from mmft.data.scenes import make_scene, render
 from mmft.models.lite_tower import STAGES, EfficientNetLiteConfig, EfficientNetLiteModel
+from mmft.run.device import has_bf16
 
 SIDE, PATCH = 256, 64
 TOKENS = (SIDE // PATCH) ** 2
@@ -226,7 +227,7 @@ def train(model: Any, data: Examples, steps: int, batch: int, peak: float, log: 
         pixels, tokens, mask = data.batch(batch)
         with torch.no_grad():
             features = model.model.vision_tower(pixels).last_hidden_state
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=has_bf16("cpu")):
             loss = caption_loss(model, data, features, tokens, mask)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(projector, 1.0)
@@ -258,8 +259,10 @@ def main() -> int:
     model, processor = assemble()
     model.requires_grad_(False)
     model.model.multi_modal_projector.requires_grad_(True)
-    model.model.language_model.to(torch.bfloat16)  # frozen, and as it is shipped
-    model.lm_head.to(torch.bfloat16)
+    for part in (model.model.language_model, model.lm_head):  # frozen, and rounded as it is shipped
+        part.to(torch.bfloat16)
+        if not has_bf16("cpu"):  # emulated, bf16 is slower than float32
+            part.float()
     data = Examples(processor, args.emoji, args.seed)
     before = held_out(model, data)
     print(f"held-out loss before: {before:.2f} nats a token", flush=True)

@@ -16,7 +16,7 @@ from mmft.config import load_recipe
 from mmft.eval.evaluator import evaluate_captions
 from mmft.metrics.bleu import corpus_bleu
 from mmft.metrics.chrf import chrf
-from mmft.metrics.cider import CiderD, corpus_cider_d
+from mmft.metrics.cider import CiderBetween, CiderD, corpus_cider_d
 from mmft.metrics.rouge_l import coco_rouge_l
 from mmft.metrics.text import tokenise
 from mmft.metrics.vqa import exact_match, normalise_answer, vqa_accuracy
@@ -148,6 +148,37 @@ def test_reference_terms() -> None:
     assert again(GOOD, rows(), [True, False]) == scores
     assert build_term("rouge_l")(["two cats"], rows()[:1])[0] == pytest.approx(2 * 2 / (2 + 8))
     assert build_term("chrf")(GOOD, rows())[0] > 0
+
+
+def test_cider_between_is_the_mean_over_the_other_pictures() -> None:
+    pictures = {"a": REFERENCES[0], "b": REFERENCES[1], "c": ["a dog runs", "a dog"], "d": ["two cats", "a grey cat"]}
+    cider = CiderD(count_end=True).fit(pictures.values())
+    between = CiderBetween(cider, pictures)
+    for caption, ended in (("a grey cat is cuddling", True), ("a dog runs and runs", False), ("", True)):
+        for apart in ("a", "c", "elsewhere"):
+            others = [cider.score(caption, of, ended) for key, of in pictures.items() if key != apart]
+            assert between.score(caption, apart, ended) == pytest.approx(sum(others) / len(others), abs=1e-12)
+    assert CiderBetween(cider, {"a": ["a dog"]}).score("a dog", "a") == 0.0
+    with pytest.raises(ValueError, match="at least one picture"):
+        CiderBetween(cider, {})
+
+
+def test_with_contrast_what_fits_every_picture_earns_nothing() -> None:
+    """The best caption written blind: on average over the pictures it was compared with it earns exactly nothing."""
+    data = [
+        Row(str(i), None, "p", (text, f"{text} here")) for i, text in enumerate(["a red dog", "a red cat", "one owl"])
+    ]
+    plain, contrast = build_term("cider_d"), build_term("cider_d", contrast=1.0)
+    plain.fit(data)
+    contrast.fit(data)
+    for blind in ("a red", "a red dog", "owl here"):
+        assert sum(plain([blind] * 3, data)) > 0
+        assert sum(contrast([blind] * 3, data)) == pytest.approx(0, abs=1e-12)
+    seen = [row.references[0] for row in data]
+    assert min(contrast(seen, data)) > 1
+    again = build_term("cider_d", contrast=1.0)
+    again.load_state_dict(json.loads(json.dumps(contrast.state_dict())))
+    assert again(seen, data) == contrast(seen, data)
 
 
 def test_answer_terms_name_the_row_without_an_answer() -> None:

@@ -15,8 +15,8 @@ from mmft.config import ImageFolderConfig, Recipe, ScenesConfig, load_recipe, lo
 from mmft.types import Stopped, UserError
 
 COMMANDS = [
-    "train", "eval", "generate", "report", "recipes", "validate", "plan", "replay", "data preview", "reward train",
-    "reward score", "reward data",
+    "train", "eval", "generate", "report", "recipes", "validate", "plan", "replay", "push", "pull", "merge",
+    "data preview", "reward train", "reward score", "reward data",
 ]  # fmt: skip
 
 
@@ -62,7 +62,7 @@ def test_help_lists_what_exists_and_nothing_else(capsys: pytest.CaptureFixture[s
     assert main(["--help"]) == 0
     out = capsys.readouterr().out
     assert all(command.split()[0] in out for command in COMMANDS)
-    assert not any(later in out for later in ("annotate", "demo", "merge", "push"))
+    assert not any(later in out for later in ("annotate", "demo"))
 
 
 def test_no_arguments_shows_help(capsys: pytest.CaptureFixture[str]) -> None:

@@ -53,6 +53,9 @@ class CiderDTerm(TermBase):
     max_order: int = Field(4, ge=1, le=8, description="Longest n-gram.")
     sigma: float = Field(6.0, gt=0, description="How far lengths may differ, in words.")
     count_end: bool = Field(True, description="The end of a sentence counts as a word, so that breaking off costs.")
+    contrast: float = Field(
+        0.0, ge=0, description="Less this much of what the caption earns by other pictures' references (CIDErBtw)."
+    )
 
 
 class RougeLTerm(TermBase):

@@ -101,6 +101,41 @@ class CiderD:
         self.frequency = {tuple(gram): int(count) for gram, count in state["frequency"]}
 
 
+class CiderBetween:
+    """What a caption earns by the references of other pictures: what it says of any picture (CIDErBtw: Wang et al.,
+    Compare and reweight: distinctive image captioning using similar images sets, ECCV 2020, arXiv:2007.06877).
+
+    pictures: key -> references. They are indexed by n-gram, so a caption costs what it shares with them.
+    """
+
+    def __init__(self, cider: CiderD, pictures: Mapping[str, Sequence[str]]):
+        if not pictures:
+            raise ValueError("CIDErBtw needs the references of at least one picture")
+        self.cider, self.keys = cider, frozenset(pictures)
+        self._index: dict[Gram, list[tuple[str, float, float, int]]] = {}  # picture, weight, its share, length
+        for key, references in pictures.items():
+            for reference in references:
+                weights, norms, length = cider._weigh(reference)
+                for part, norm in zip(weights, norms, strict=True):
+                    for gram, weight in part.items():
+                        if weight:
+                            share = weight / (norm * len(references))
+                            self._index.setdefault(gram, []).append((key, weight, share, length))
+
+    def score(self, caption: str, apart_from: str, ended: bool = True) -> float:
+        """In [0, 10], the mean CIDEr-D over the pictures, but `apart_from`; 0 where that is the only one."""
+        weights, norms, length = self.cider._weigh(caption, ended)
+        total = 0.0
+        for part, norm in zip(weights, norms, strict=True):
+            for gram, weight in part.items():
+                for key, other, share, other_length in self._index.get(gram, ()):
+                    if key != apart_from:
+                        closeness = math.exp(-((length - other_length) ** 2) / (2 * self.cider.sigma**2))
+                        total += closeness * min(weight, other) * share / norm
+        others = len(self.keys) - (apart_from in self.keys)
+        return _SCALE * total / (self.cider.order * others) if others else 0.0
+
+
 def corpus_cider_d(captions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
     """CIDEr-D of each caption, with the document frequencies of these references: the metric as it is published."""
     if len(captions) != len(references):

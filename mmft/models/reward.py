@@ -183,6 +183,11 @@ class CaptionRewardModel(PreTrainedModel):
         self.processor, self._towers = processor, towers
         self._encoders = encoders_of(self.config, towers, processor)
 
+    @property
+    def towers(self) -> list[PreTrainedModel]:
+        """The loaded towers; none of a model of terms alone."""
+        return list(self._towers.values())
+
     def encode(self, captions: Sequence[str], rows: Sequence[Row]) -> tuple[Tokens, Tokens]:
         """Frozen features of B captions and of their rows' pictures, each distinct picture encoded once."""
         if self._encoders is None:

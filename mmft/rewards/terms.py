@@ -13,7 +13,7 @@ from typing import Any, ClassVar, TypeVar
 
 from mmft.metrics.bleu import SMOOTHING, sentence_bleu
 from mmft.metrics.chrf import chrf
-from mmft.metrics.cider import CiderD
+from mmft.metrics.cider import CiderBetween, CiderD
 from mmft.metrics.rouge_l import rouge_l
 from mmft.metrics.text import bad_ending, repetition_rate, tokenise
 from mmft.metrics.vqa import exact_match, vqa_accuracy
@@ -126,32 +126,50 @@ class DetailTerm(Term):
 
 @register("cider_d")
 class CiderDTerm(Term):
-    """CIDEr-D against all references, in [0, 10]; document frequencies are those of the training references."""
+    """CIDEr-D against all references, in [0, 10]; document frequencies are those of the training references.
+
+    contrast: how much of what the caption earns by other pictures' references is taken off (CIDErBtw). At 1 no caption
+    earns anything, on average, that was written without looking. The others are pictures of the training set.
+    """
 
     needs_references = True
     needs_fit = True
+    others = 256  # pictures
 
-    def __init__(self, max_order: int = 4, sigma: float = 6.0, count_end: bool = True):
+    def __init__(self, max_order: int = 4, sigma: float = 6.0, count_end: bool = True, contrast: float = 0.0):
         self.cider = CiderD(max_order, sigma, count_end)
+        self.contrast = contrast
+        self._of_others: dict[str, Sequence[str]] = {}
+        self._between: CiderBetween | None = None
 
     def fit(self, rows: Sequence[Row]) -> None:
         self.cider.fit(row.references for row in rows)
+        if self.contrast:
+            spread = max(1, len(rows) // self.others)
+            self._compare_with({row.id: row.references for row in rows[::spread][: self.others]})
+
+    def _compare_with(self, others: dict[str, Sequence[str]]) -> None:
+        self._of_others, self._between = others, CiderBetween(self.cider, others)
 
     def __call__(
         self, captions: Sequence[str], rows: Sequence[Row], finished: Sequence[bool] | None = None
     ) -> list[float]:
         """A caption that was cut off has no end that could agree with a reference's."""
         ends = [True] * len(captions) if finished is None else finished
-        return [
-            self.cider.score(caption, row.references, end)
-            for caption, row, end in zip(captions, rows, ends, strict=True)
-        ]
+        return [self._score(caption, row, end) for caption, row, end in zip(captions, rows, ends, strict=True)]
+
+    def _score(self, caption: str, row: Row, ended: bool) -> float:
+        own = self.cider.score(caption, row.references, ended)
+        return own if self._between is None else own - self.contrast * self._between.score(caption, row.id, ended)
 
     def state_dict(self) -> dict[str, Any]:
-        return self.cider.state_dict()
+        others = {key: list(references) for key, references in self._of_others.items()}
+        return self.cider.state_dict() | ({"others": others} if others else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.cider.load_state_dict(state)
+        if self.contrast:
+            self._compare_with(state["others"])
 
 
 class _AgainstReferences(Term):

@@ -51,7 +51,7 @@ class Job:
 
 def prepare(recipe: Recipe) -> Job:
     """Data and reward, checked against each other. Raises UserError before a model is touched."""
-    _refuse_what_is_not_there(recipe)
+    _refuse_what_cannot_be(recipe)
     processes = Processes(cpu=device_of(recipe) == "cpu")
     reward = build_reward(recipe.reward, device_of(recipe))
     source = open_training(recipe.data, reward.references_for)
@@ -60,12 +60,10 @@ def prepare(recipe: Recipe) -> Job:
     return Job(recipe, source, heldout, reward, processes)
 
 
-def _refuse_what_is_not_there(recipe: Recipe) -> None:
-    """Keys of the contract that this version accepts in one value only: silence would be a lie."""
+def _refuse_what_cannot_be(recipe: Recipe) -> None:
+    """Values of keys that would be wrong for this job: silence would be a lie."""
     if recipe.model.lora is not None and recipe.model.lora.dropout:
         raise UserError("model.lora.dropout: PPO compares log-probabilities of two passes, so it must be 0")
-    if recipe.hub.repo:
-        raise UserError("hub.repo: pushing is not available yet; the adapter folder can be uploaded by hand")
     check_trackers(recipe.logging.report_to)
 
 

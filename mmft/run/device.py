@@ -23,11 +23,11 @@ def dtype_of(recipe: Recipe) -> torch.dtype:
     if precision == "auto":
         # Weights that train need more than 8 bits: a small step would round to none.
         frozen = recipe.model.lora is not None and not recipe.model.lora.modules_to_save
-        precision = "bf16" if frozen and _has_bf16(device_of(recipe)) else "fp32"
+        precision = "bf16" if frozen and has_bf16(device_of(recipe)) else "fp32"
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
-def _has_bf16(device: str) -> bool:
+def has_bf16(device: str) -> bool:
     """Whether matrix products in bf16 are the device's own; emulated, they are slower than fp32."""
     if device == "cuda":
         return torch.cuda.is_bf16_supported()

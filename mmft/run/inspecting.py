@@ -76,6 +76,8 @@ def _target(target: str, data: str | None, overrides: Sequence[str]) -> tuple[Ru
         where = ["data.type=scenes"] if data == "scenes" else ["data.type=imagefolder", f"data.path={data}"]
     if (Path(target) / "recipe.yaml").is_file():
         run = RunFolder(target)
+        if (run / "config.json").is_file():  # a merged model that was pulled, with the recipe that made it
+            return None, load_recipe(run / "recipe.yaml", [f"model.path={run.path.resolve()}", *where, *overrides])
         return run, load_recipe(run / "recipe.yaml", [*where, *overrides])
     return None, load_recipe("caption_ppo", [f"model.path={target}", *where, *overrides])
 
@@ -85,8 +87,9 @@ def _load(run: RunFolder | None, recipe: Recipe) -> Policy:
     quiet_loading()
     if run is None:
         return Policy(*load_pretrained(recipe.model, dtype, device))
-    if (run / "adapter").is_dir():
-        return load_adapter(recipe.model, run / "adapter", dtype, device)
+    for folder in (run / "adapter", run.path):  # as trained here, or as pulled
+        if (folder / "adapter_config.json").is_file() or (folder / "config.json").is_file():
+            return load_adapter(recipe.model, folder, dtype, device)
     raise UserError(f"{run.path}: no adapter was saved here; did the training end?")
 
 

@@ -19,6 +19,7 @@ from transformers import set_seed
 from mmft.config import Recipe, dump_recipe
 from mmft.data.sources import first_rows
 from mmft.eval.evaluator import evaluate_captions, evaluation_record
+from mmft.hub import Hub
 from mmft.models.policy import Policy, load_policy
 from mmft.report.console import say
 from mmft.report.folder import BAD_ROWS, BEFORE, RECIPE, RunFolder, read_json, read_lines
@@ -32,6 +33,7 @@ from mmft.run.captioning import caption_rows
 from mmft.run.checkpointing import Checkpoints, save
 from mmft.run.device import device_of, dtype_of, quiet_loading
 from mmft.run.processes import Processes
+from mmft.run.publishing import push
 from mmft.run.resuming import Resumed, find_run
 from mmft.run.supervised import check_supervised, supervised, warm_up
 from mmft.train.ppo import VisionPPOTrainer
@@ -49,6 +51,8 @@ def train(recipe: Recipe, resume: str | None = None, force: bool = False) -> Pat
     quiet_loading()
     processes = Processes(cpu=device_of(recipe) == "cpu")
     console = processes.console()
+    if recipe.hub.repo:
+        processes.from_main(_demand_login)
     resumed = None
     if resume is not None:  # what is not there is said before anything loads
         resumed = processes.from_main(lambda: find_run(recipe, resume, force, console))
@@ -119,7 +123,25 @@ def _train_in(run: RunFolder, resumed: Resumed, job: Job, console: Console) -> P
         say(console, f"adapter: {run / 'adapter'}\nreport:  {write_report(run.path)}")
     job.processes.wait()
     trainer.accelerator.end_training()
+    if recipe.hub.repo and main:
+        _publish(run)
     return run.path
+
+
+def _demand_login() -> None:
+    """A token that is wrong is told before training, not after it."""
+    try:
+        Hub().user()
+    except UserError as error:
+        raise UserError(f"hub.repo: {error}") from error
+
+
+def _publish(run: RunFolder) -> None:
+    try:
+        push(str(run.path))
+    except UserError as error:
+        again = f"the run is whole; to push it again: mmft push {run.path}"
+        raise UserError(f"hub.repo: {error}. Trained, saved and evaluated: {again}") from error
 
 
 def _captions_before(

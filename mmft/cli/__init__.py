@@ -15,6 +15,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mmft import __version__
+from mmft.cli.arguments import Overrides, RecipeArgument, Target
+from mmft.cli.data import app as data_app
+from mmft.cli.hub import EXAMPLES as HUB_EXAMPLES
+from mmft.cli.hub import merge, pull, push
+from mmft.cli.reward import app as reward_app
 from mmft.types import Stopped, UserError
 
 if TYPE_CHECKING:
@@ -33,18 +38,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-data_app = typer.Typer(help="Look at data.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
-reward_app = typer.Typer(help="Reward models: train, score.", no_args_is_help=True)
 app.add_typer(reward_app, name="reward")
-
-RecipeArgument = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="A recipe file, or a name that `mmft recipes` lists.")
-]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Recipe keys to change: train.lr=1e-4.")
-]
-Target = Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run folder, a local model folder or a hub id.")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -222,6 +217,10 @@ def replay(
         raise typer.Exit(1)
 
 
+for command in (push, pull, merge):
+    app.command(epilog=HUB_EXAMPLES[command.__name__])(command)
+
+
 def _policy_summary(recipe: Recipe) -> str:
     reward = ", ".join([*filter(None, [recipe.reward.model]), *(term.label for term in recipe.reward.terms)])
     return (
@@ -235,78 +234,6 @@ def _reward_summary(recipe: RewardRecipe) -> str:
     network = "" if model is None else f", {model.fusion} of {model.vision} and {model.text}"
     steps = "" if model is None else f", at most {recipe.train.steps} steps of {recipe.train.batch}"
     return f"Reward model: {recipe.loss} on {recipe.data.type}{network}{steps}; learned weights: {terms or 'none'}"
-
-
-@reward_app.command(
-    "train", epilog="Example: mmft reward train reward_models/caption.yaml train.steps=200 model.fusion=attention"
-)
-def reward_train(
-    recipe: Annotated[
-        str, typer.Argument(metavar="RECIPE", help="A file of reward_models/, or a name: caption, caption_linear, ...")
-    ],
-    overrides: Overrides = None,
-) -> None:
-    """Train a reward model; prints held-out accuracy, calibration and learned weights."""
-    from mmft.config import load_reward_recipe
-
-    loaded = load_reward_recipe(recipe, overrides or [])
-    from mmft import run
-
-    run.train_reward(loaded)
-
-
-@reward_app.command("score", epilog="Example: mmft reward score runs/caption_reward --data my_preferences.jsonl")
-def reward_score(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A reward model's folder, builtin:NAME or hub id.")],
-    data: Annotated[
-        str,
-        typer.Option(help="`scenes`, a folder with metadata.jsonl, or a .jsonl or .parquet of preferences or ratings."),
-    ],
-    limit: Annotated[int | None, typer.Option(min=1, help="Rows at most.")] = None,
-) -> None:
-    """Score captions: one JSON line each, with mean, both sigmas and every term."""
-    import json
-
-    from mmft import run
-
-    for record in run.score_captions(model, data, limit):
-        typer.echo(json.dumps(record, ensure_ascii=False))
-
-
-@reward_app.command("data", epilog="Example: mmft reward data reward_models/caption.yaml preferences.jsonl")
-def reward_data(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A file of reward_models/, or its name.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The .jsonl or .parquet to write.")],
-    overrides: Overrides = None,
-) -> None:
-    """Write the preferences or ratings that a recipe learns from to a file."""
-    from mmft.config import load_reward_recipe
-
-    loaded = load_reward_recipe(recipe, overrides or [])
-    from mmft import run
-
-    typer.echo(f"{out}: {run.write_judgements(loaded, out)} judgements")
-
-
-@data_app.command(epilog="Example: mmft data preview --rows 12 --seed 3 --out contact_sheet.png")
-def preview(
-    recipe: Annotated[
-        str | None, typer.Argument(metavar="RECIPE", help="Whose data to show. Default: the bundled scenes.")
-    ] = None,
-    overrides: Overrides = None,
-    out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("contact_sheet.png"),
-    rows: Annotated[int, typer.Option(min=1, max=400, help="Pictures on the sheet.")] = 12,
-    seed: Annotated[int | None, typer.Option(min=0, help="The data's seed. Default: the recipe's.")] = None,
-) -> None:
-    """Write a contact sheet: pictures with their references, questions and answers."""
-    from mmft.config import ScenesConfig, load_recipe
-
-    data = load_recipe(recipe, overrides or []).data if recipe else ScenesConfig()
-    if seed is not None:
-        data = data.model_copy(update={"seed": seed})
-    from mmft import run
-
-    typer.echo(run.preview(data, rows, out))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -392,7 +319,3 @@ def _quiet_libraries() -> None:
     if not sys.warnoptions:
         warnings.filterwarnings("ignore", category=FutureWarning)
         warnings.filterwarnings("ignore", module=r"(transformers|trl|peft|accelerate|datasets|huggingface_hub|torch)\b")
-
-
-if __name__ == "__main__":
-    sys.exit(main())
