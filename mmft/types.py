@@ -85,6 +85,17 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Needs:
+    """What each row must hold, by who needs it, in words, as "reward term 'bleu'"; None: nobody does."""
+
+    references: str | None = None
+    answers: str | None = None
+
+
+NOTHING_NEEDED = Needs()
+
+
+@dataclass(frozen=True)
 class RewardOutput:
     """Rewards of B samples, with every term as measured, as normalised and as weighted.
 

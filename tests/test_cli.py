@@ -16,7 +16,7 @@ from mmft.types import Stopped, UserError
 
 COMMANDS = [
     "train", "eval", "generate", "report", "recipes", "validate", "plan", "replay", "push", "pull", "merge",
-    "data preview", "reward train", "reward score", "reward data",
+    "data preview", "data check", "reward train", "reward score", "reward data",
 ]  # fmt: skip
 
 

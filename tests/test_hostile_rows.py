@@ -18,7 +18,7 @@ from mmft.models.policy import load_policy
 from mmft.models.prompts import PromptBuilder
 from mmft.report.folder import read_lines
 from mmft.rewards.combine import build_reward
-from mmft.types import Row
+from mmft.types import Needs, Row
 
 ROWS = 600
 SMALL = ("train.batch=16", "train.minibatches=1", "train.epochs=1", "eval.samples=4", "generation.max_new_tokens=4",
@@ -54,7 +54,7 @@ def listed(bad_rows: Iterable[dict[str, Any]]) -> set[tuple[str, int]]:
 @pytest.mark.parametrize("needed", [None, "reward term 'bleu'"])
 def test_every_line_of_a_folder_is_a_row_or_is_listed(folder: tuple[Path, int], needed: str | None) -> None:
     path, count = folder
-    data = open_source(config("imagefolder", path), "all", references_for=needed)
+    data = open_source(config("imagefolder", path), "all", needs=Needs(needed))
     ids = set()
     for row in data:
         well_formed(row)
@@ -69,14 +69,14 @@ def test_every_line_of_a_folder_is_a_row_or_is_listed(folder: tuple[Path, int], 
 def test_every_line_of_a_table_is_a_row_or_is_listed(tmp_path: Path, needed: str | None) -> None:
     count = hostile.folder(tmp_path, ROWS, seed=1, name="table.jsonl")
     data = config("table", tmp_path / "table.jsonl")
-    stream = open_training(data, needed)
+    stream = open_training(data, Needs(needed))
     assert isinstance(stream, TableStream)
     cursor, ids = open_cursor(stream, 0), set()
     for pending in cursor.draw(count):
         row = pending()
         well_formed(row)
         ids.add(row.id)
-    held = open_source(data, "heldout", count, needed)
+    held = open_source(data, "heldout", count, Needs(needed))
     ids |= {held[i].id for i in range(len(held))}
     assert len(ids) + len(listed(stream.bad_rows) | listed(held.bad_rows)) == count >= 500
 
@@ -96,7 +96,7 @@ def test_a_model_is_fed_with_every_row_that_it_has_room_for(folder: tuple[Path, 
 
 def test_captions_are_scored_whatever_is_in_them(folder: tuple[Path, int]) -> None:
     path, _ = folder
-    rows = list(open_source(config("imagefolder", path), "all", references_for="it"))[:80]
+    rows = list(open_source(config("imagefolder", path), "all", needs=Needs("it")))[:80]
     captions = [row.references[0][:300] for row in rows]
     captions[:8] = ["<image>", "</s> <image> a dog", "", "\0", "\u202e", "👩‍👩‍👧‍👦", "a " * 500, "\n"]
     for name in ("caption_ppo", "caption_ppo_fixed"):
@@ -125,4 +125,4 @@ def test_training_lists_what_it_leaves_out_and_goes_on(tmp_path: Path, capsys: p
 
 def rows_of(path: Path) -> list[Row]:
     """What the folder has, without a model's limits."""
-    return list(open_source(config("imagefolder", path), "all", references_for="reward term 'bleu'"))
+    return list(open_source(config("imagefolder", path), "all", needs=Needs("reward term 'bleu'")))

@@ -12,6 +12,20 @@ from mmft.cli.arguments import Overrides
 app = typer.Typer(help="Look at data.", no_args_is_help=True)
 
 
+@app.command(epilog="Examples: mmft data check my_pictures; mmft data check recipes/caption_ppo.yaml")
+def check(
+    target: Annotated[
+        str, typer.Argument(metavar="PATH|RECIPE", help="A folder, a COCO file, a table, `scenes`, or a recipe.")
+    ],
+    overrides: Overrides = None,
+) -> None:
+    """Read every row and picture, and say what is wrong before a run; exit status 1 where something is."""
+    from mmft import run
+
+    if not run.check_data(target, overrides or []):
+        raise typer.Exit(1)
+
+
 @app.command(epilog="Example: mmft data preview --rows 12 --seed 3 --out contact_sheet.png")
 def preview(
     recipe: Annotated[

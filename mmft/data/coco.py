@@ -14,8 +14,8 @@ from typing import Any
 
 from mmft.config import CocoConfig
 from mmft.data.imagefolder import Entry, ImageFolder, take_split
-from mmft.data.metadata import BadRow, check_references, file_name_of, texts_of
-from mmft.types import UserError
+from mmft.data.metadata import BadRow, check_needs, file_name_of, texts_of
+from mmft.types import NOTHING_NEEDED, Needs, UserError
 
 # Karpathy's sides: restval is what the test of the official split left over, and trains.
 KARPATHY = {"train": ("train", "restval"), "val": ("val",), "test": ("test",)}
@@ -27,7 +27,7 @@ class CocoCaptions(ImageFolder):
     Raises UserError for a file that is in neither format, and what `ImageFolder` raises.
     """
 
-    def __init__(self, config: CocoConfig, split: str = "train", references_for: str | None = None):
+    def __init__(self, config: CocoConfig, split: str = "train", needs: Needs = NOTHING_NEEDED):
         apart = config.heldout_path if split == "heldout" else None
         self.metadata = Path(apart or config.path)
         self._sides: dict[str, str] = {}
@@ -35,7 +35,7 @@ class CocoCaptions(ImageFolder):
         pictures = Path(config.pictures) if config.pictures else self.metadata.parent
         super().__init__(
             pictures, config.prompt, None, split, config.eval_fraction, config.seed, config.on_bad_row,
-            config.max_bad_fraction, references_for,
+            config.max_bad_fraction, needs,
         )  # fmt: skip
 
     def _read(self) -> list[Entry]:
@@ -49,7 +49,7 @@ class CocoCaptions(ImageFolder):
                 if not os.path.isfile(self.path / name):
                     raise BadRow(f"no picture {name[:200]!r} in {str(self.path)!r}")
                 references = texts_of({"captions": captions}, ("captions",))
-                check_references(references, self._references_for)
+                check_needs(self._needs, references)
                 entries.append(Entry(name, name, number, references))
                 if side is not None:
                     self._sides[name] = side

@@ -21,7 +21,7 @@ from mmft.data.metadata import (
     Accept,
     BadRow,
     answers_of,
-    check_references,
+    check_needs,
     csv_rows,
     file_name_of,
     numbered_lines,
@@ -32,7 +32,7 @@ from mmft.data.metadata import (
     texts_of,
 )
 from mmft.data.pictures import UNREADABLE, load_picture, unreadable, verify_picture
-from mmft.types import Row, UserError
+from mmft.types import NOTHING_NEEDED, Needs, Row, UserError
 
 METADATA = "metadata.jsonl"
 CSV = ("metadata.csv", "metadata.tsv")
@@ -70,7 +70,7 @@ class ImageFolder:
         eval_fraction: the share held out, in [0, 1).
         on_bad_row: `skip` leaves bad rows out and lists them in `bad_rows`; `raise` stops at the first.
         max_bad_fraction: share of rows that may be left out.
-        references_for: what needs references, in words; a row without any is bad then.
+        needs: what each row must hold; one that lacks it is bad.
 
     Raises:
         UserError: no folder, no usable row in the split, or (`raise`) a bad row: names file, row and key.
@@ -86,7 +86,7 @@ class ImageFolder:
         seed: int = 0,
         on_bad_row: str = "skip",
         max_bad_fraction: float = 1.0,
-        references_for: str | None = None,
+        needs: Needs = NOTHING_NEEDED,
     ) -> None:
         if split not in SPLITS:
             raise UserError(f"split: {split!r} is not one of {', '.join(SPLITS)}")
@@ -100,7 +100,7 @@ class ImageFolder:
         self.on_bad_row = on_bad_row
         self.bad_rows = BadRows(None, 1.0, on_bad_row == "raise")
         self._accept: Accept = take_any
-        self._columns, self._references_for = resolve_columns(columns), references_for
+        self._columns, self._needs = resolve_columns(columns), needs
         entries = self._verified(self._read())
         if not entries:
             raise UserError(f"{self.path}: no usable rows" + self._first_reason())
@@ -152,6 +152,11 @@ class ImageFolder:
         """The references of every row, without decoding a picture."""
         return [entry.references for entry in self._entries]
 
+    @property
+    def picture_count(self) -> int:
+        """Distinct pictures; a picture with several questions has as many rows."""
+        return len({entry.file_name for entry in self._entries})
+
     def rows_without_pictures(self, limit: int | None = None) -> Iterator[Row]:
         """The first rows with `image=None`: what fitting a reward's statistics or checking its references needs."""
         return (self._row(entry, None) for entry in self._entries[:limit])
@@ -201,7 +206,7 @@ class ImageFolder:
             return entries
         for name in pictures:
             try:
-                check_references((), self._references_for)
+                check_needs(self._needs)
                 entries.append(Entry(id=name, file_name=name))
             except BadRow as bad:
                 self._bad(None, str(bad), name)
@@ -220,8 +225,9 @@ class ImageFolder:
         if question is None and QUESTION in self.prompt:
             raise BadRow(f"{self._columns['question'][0]}: missing, and the prompt has {QUESTION}")
         references = texts_of(record, self._columns["references"])
-        check_references(references, self._references_for)
-        return Entry(entry_id, name, line, references, question, *answers_of(record, self._columns["answer"]))
+        answer, answers = answers_of(record, self._columns["answer"])
+        check_needs(self._needs, references, answer is not None)
+        return Entry(entry_id, name, line, references, question, answer, answers)
 
     def _verified(self, entries: Sequence[Entry]) -> list[Entry]:
         """The entries whose picture has a sound header. Reading headers waits on the disk, hence the threads."""

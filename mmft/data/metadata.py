@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmft.types import Row, UserError
+from mmft.types import Needs, Row, UserError
 
 # Looked up in this order where the recipe names no column.
 DEFAULT_COLUMNS: dict[str, tuple[str, ...]] = {
@@ -159,10 +159,12 @@ def answers_of(record: dict[str, Any], names: tuple[str, ...]) -> tuple[str | No
     return (Counter(answers).most_common(1)[0][0] if answers else None), (answers if len(answers) > 1 else ())
 
 
-def check_references(references: Sequence[str], needed_for: str | None) -> None:
-    """Raises BadRow where something needs references and there are none."""
-    if needed_for is not None and not references:
-        raise BadRow(f"{needed_for} needs references, and there are none")
+def check_needs(needs: Needs, references: Sequence[str] = (), answered: bool = False) -> None:
+    """Raises BadRow where something needs references or answers and there are none."""
+    if needs.references is not None and not references:
+        raise BadRow(f"{needs.references} needs references, and there are none")
+    if needs.answers is not None and not answered:
+        raise BadRow(f"{needs.answers} needs an answer, and there is none")
 
 
 def text_of(record: dict[str, Any], names: tuple[str, ...]) -> str | None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Protocol
 
 from mmft.config import CocoConfig, DataConfig, HubDataConfig, ScenesConfig, TableConfig
 from mmft.data.coco import CocoCaptions
 from mmft.data.cursor import RowCursor, Shuffled
-from mmft.data.imagefolder import ImageFolder
+from mmft.data.imagefolder import CSV, METADATA, ImageFolder
 from mmft.data.scenes import EmojiScenes
 from mmft.data.table import TableStream, open_rows, open_stream
-from mmft.types import Row
+from mmft.types import NOTHING_NEEDED, Needs, Row
+
+TABLES = (".jsonl", ".csv", ".tsv", ".parquet")
 
 
 class Source(Protocol):
@@ -24,29 +27,41 @@ class Source(Protocol):
     def rows_without_pictures(self, limit: int | None = None) -> Iterator[Row]: ...
 
 
-def open_training(config: DataConfig, references_for: str | None = None) -> Source | TableStream:
+def guess_type(path: str) -> str:
+    """`data.type` of a folder or file: what it is by its name and content."""
+    place = Path(path)
+    suffix = place.suffix.lower()
+    if suffix == ".json":
+        return "coco"
+    if suffix in TABLES or "*" in path:
+        return "table"
+    if place.is_dir() and not any((place / name).is_file() for name in (METADATA, *CSV)):
+        has_tables = any(next(place.glob(f"*{kind}"), None) for kind in TABLES)
+        return "table" if has_tables else "imagefolder"
+    return "imagefolder"
+
+
+def open_training(config: DataConfig, needs: Needs = NOTHING_NEEDED) -> Source | TableStream:
     """Rows to train on; a stream where they may be more than memory holds. See `open_source`."""
     if isinstance(config, TableConfig | HubDataConfig):
-        return open_stream(config, references_for=references_for)
-    return open_source(config, "train", references_for=references_for)
+        return open_stream(config, needs=needs)
+    return open_source(config, "train", needs=needs)
 
 
-def open_source(
-    config: DataConfig, split: str, samples: int | None = None, references_for: str | None = None
-) -> Source:
+def open_source(config: DataConfig, split: str, samples: int | None = None, needs: Needs = NOTHING_NEEDED) -> Source:
     """The rows of one split, at most `samples` of them where the source is infinite or larger than memory.
 
-    references_for: what needs references, in words; a row without any is bad then.
+    needs: what each row must hold; one that lacks it is bad.
     Raises UserError for data that isn't there or holds nothing usable.
     """
     if isinstance(config, TableConfig | HubDataConfig):
-        return open_rows(config, split, samples, references_for)
+        return open_rows(config, split, samples, needs)
     if isinstance(config, ScenesConfig):
         return EmojiScenes(
             samples or config.samples, "heldout" if split == "heldout" else "train", config.seed, config.prompt
         )
     if isinstance(config, CocoConfig):
-        return CocoCaptions(config, split, references_for)
+        return CocoCaptions(config, split, needs)
     return ImageFolder(
         config.path,
         config.prompt,
@@ -56,7 +71,7 @@ def open_source(
         config.seed,
         config.on_bad_row,
         config.max_bad_fraction,
-        references_for,
+        needs,
     )
 
 

@@ -7,6 +7,7 @@ import binascii
 import hashlib
 import io
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from mmft.data.metadata import (
     Accept,
     BadRow,
     answers_of,
-    check_references,
+    check_needs,
     find_value,
     take_any,
     text_of,
@@ -31,7 +32,7 @@ from mmft.data.metadata import (
 )
 from mmft.data.pictures import UNREADABLE, load_picture, unreadable
 from mmft.data.records import HubRecords, Record, Records, TableRecords
-from mmft.types import Row, UserError
+from mmft.types import NOTHING_NEEDED, Needs, Row, UserError
 
 IMAGE_COLUMNS = ("image", "picture", "img", "file_name", "image_path", "image_bytes", "jpg", "png")
 # Beside those of metadata files: what hub sets call their captions.
@@ -44,8 +45,8 @@ _FIRST_BYTES = 2**28  # read for a reward's statistics and no more
 class RowMaker:
     """Makes rows of records; what a record lacks is said as BadRow."""
 
-    def __init__(self, config: TableConfig | HubDataConfig, folder: Path, references_for: str | None = None):
-        self.prompt, self.folder, self.references_for = config.prompt, folder, references_for
+    def __init__(self, config: TableConfig | HubDataConfig, folder: Path, needs: Needs = NOTHING_NEEDED):
+        self.prompt, self.folder, self.needs = config.prompt, folder, needs
         chosen = config.columns
         self.image = (chosen.image,) if chosen.image else IMAGE_COLUMNS
         names = {"references": chosen.references, "question": chosen.question, "answer": chosen.answer}
@@ -62,8 +63,8 @@ class RowMaker:
         if question is not None:
             prompt = prompt.replace(QUESTION, question) if QUESTION in prompt else question
         references = texts_of(record.data, self.columns["references"])
-        check_references(references, self.references_for)
         answer, answers = answers_of(record.data, self.columns["answer"])
+        check_needs(self.needs, references, answer is not None)
         name = f"{Path(record.file).name}:{record.row}"
         return Row(name, None, prompt, references, question, answer, answers=answers)
 
@@ -113,11 +114,12 @@ class TableStream:
         config: TableConfig | HubDataConfig,
         records: Records,
         bad_rows: BadRows,
-        references_for: str | None = None,
+        needs: Needs = NOTHING_NEEDED,
     ):
         self.config, self.records, self.bad_rows = config, records, bad_rows
-        self.maker = RowMaker(config, records.folder, references_for)
+        self.maker = RowMaker(config, records.folder, needs)
         self._texts: list[Row] | None = None
+        self.read_to_the_end = False
 
     def accept_only(self, accept: Accept) -> None:
         """From now on a row that `accept` raises BadRow for is bad, as one whose picture cannot be read."""
@@ -139,7 +141,7 @@ class TableStream:
         )
 
     def rows_without_pictures(self, limit: int | None = None) -> Iterator[Row]:
-        """The first rows, as many as fit a fixed reading budget."""
+        """The first rows, as many as fit a fixed reading budget; afterwards `read_to_the_end` says if that was all."""
         if self._texts is None or (limit is not None and len(self._texts) < limit):
             self._texts = list(self._made(self.maker.texts, limit, _FIRST_BYTES))
         return iter(self._texts[:limit])
@@ -147,6 +149,10 @@ class TableStream:
     def first(self, count: int) -> list[Row]:
         """The first rows, with their pictures."""
         return list(self._made(self.maker.whole, count, _FIRST_BYTES))
+
+    def rows(self) -> Iterator[Row]:
+        """All rows from the start, with their pictures, one at a time."""
+        return self._made(self.maker.whole, None, sys.maxsize)
 
     def _made(self, make: Callable[[Record], Row], limit: int | None, budget: int) -> Iterator[Row]:
         made = 0
@@ -161,6 +167,7 @@ class TableStream:
                 continue
             made += 1
             yield row
+        self.read_to_the_end = True
 
     def row_or_next(self, records: Sequence[Record], index: int) -> Row:
         """The record's row, or where it is bad the next usable one of `records`: always the same."""
@@ -283,7 +290,7 @@ class TableRows:
 
 
 def open_stream(
-    config: TableConfig | HubDataConfig, apart: str | None = None, references_for: str | None = None
+    config: TableConfig | HubDataConfig, apart: str | None = None, needs: Needs = NOTHING_NEEDED
 ) -> TableStream:
     """Training rows, or those of held-out data `apart`. Raises UserError for what is not there."""
     bad_rows = BadRows(None, config.max_bad_fraction, config.on_bad_row == "raise")
@@ -292,15 +299,15 @@ def open_stream(
         records = TableRecords(apart or config.path, bad_rows)
     else:
         records = HubRecords(config.path, config.subset, apart or config.split, bad_rows)
-    return TableStream(config, records, bad_rows, references_for)
+    return TableStream(config, records, bad_rows, needs)
 
 
 def open_rows(
-    config: TableConfig | HubDataConfig, split: str, samples: int | None, references_for: str | None = None
+    config: TableConfig | HubDataConfig, split: str, samples: int | None, needs: Needs = NOTHING_NEEDED
 ) -> TableRows:
     """The first rows of one side. Raises UserError for what is not there."""
     apart = heldout_apart(config) if split == "heldout" else None
-    stream = open_stream(config, apart, references_for)
+    stream = open_stream(config, apart, needs)
     if split == "heldout" and not apart:
         return TableRows(stream, samples or _ROWS, stream.held_out)
     return TableRows(stream, samples or _ROWS, lambda record: bool(apart) or not stream.held_out(record))

@@ -26,6 +26,7 @@ from mmft.types import RewardOutput, Row, UserError
 RECIPE, METRICS, TIMING = "recipe.yaml", "metrics.jsonl", "timing.jsonl"
 SAMPLES, EVAL, EVAL_SAMPLES = "samples.jsonl", "eval.json", "eval_samples.jsonl"
 BEFORE, BAD_ROWS, DROPPED, WARM_UP = "before.json", "bad_rows.jsonl", "dropped.jsonl", "warm_up.jsonl"
+DATA_CARD = "data_card.json"
 CHECKPOINTS, ADAPTER, REWARD, PICTURES, REPORT = "checkpoints", "adapter", "reward", "pictures", "report.html"
 # Any of these makes a folder a run that a new one must not mix with.
 _MARKS = (RECIPE, METRICS, SAMPLES, EVAL, CHECKPOINTS, ADAPTER)

@@ -14,7 +14,7 @@ from mmft.functional.normalize import RunningStats, minmax, zscore
 from mmft.rewards.parallel import ParallelTerm, WorkerDied
 from mmft.rewards.shaping import prefix_potentials
 from mmft.rewards.terms import Term, build_term
-from mmft.types import RewardOutput, Row, UserError
+from mmft.types import NOTHING_NEEDED, Needs, RewardOutput, Row, UserError
 
 if TYPE_CHECKING:
     from mmft.config import RewardConfig
@@ -188,18 +188,23 @@ class RewardFunction:
         self.terms = {term.name: term for term in terms}
 
     @property
-    def references_for(self) -> str | None:
-        """The first term that needs references, in words; None where none does."""
-        names = (f"reward term {name!r}" for name, term in self._all_terms().items() if term.needs_references)
-        return next(names, None)
+    def needs(self) -> Needs:
+        """What rows must hold, by the first term that needs it."""
+        terms = self._all_terms().items()
+        references = (f"reward term {name!r}" for name, term in terms if term.needs_references)
+        answers = (f"reward term {name!r}" for name, term in terms if term.needs_answers)
+        return Needs(next(references, None), next(answers, None))
 
     def check(self, rows: Iterable[Row]) -> None:
-        """Raises UserError, naming term and row, when a row lacks the references that a term needs."""
-        if self.references_for is None:
+        """Raises UserError, naming term and row, when a row lacks what a term needs."""
+        needs = self.needs
+        if needs == NOTHING_NEEDED:
             return
         for row in rows:
-            if not any(reference.strip() for reference in row.references):
-                raise UserError(f"{self.references_for} needs references, and row {row.id!r} has none")
+            if needs.references and not any(reference.strip() for reference in row.references):
+                raise UserError(f"{needs.references} needs references, and row {row.id!r} has none")
+            if needs.answers and row.answer is None and not row.answers:
+                raise UserError(f"{needs.answers} needs an answer, and row {row.id!r} has none")
 
     def fit(self, rows: Iterable[Row]) -> None:
         """Lets terms collect statistics from training rows. Pictures are not kept, so rows may be any lazy iterable."""

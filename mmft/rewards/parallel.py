@@ -54,6 +54,10 @@ class ParallelTerm(Term):
         return self.term.needs_references
 
     @property
+    def needs_answers(self) -> bool:  # type: ignore[override]
+        return self.term.needs_answers
+
+    @property
     def needs_fit(self) -> bool:  # type: ignore[override]
         return self.term.needs_fit
 

@@ -25,12 +25,14 @@ from mmft.types import Row, UserError
 class Term:
     """One measure of captions.
 
-    needs_references: rows must hold reference captions. needs_fit: `fit` must see the training rows first.
+    needs_references, needs_answers: rows must hold reference captions, or an answer. needs_fit: `fit` must see the
+    training rows first.
     needs_images: rows must hold their pictures, in other processes too.
     sign: +1 when more is better, -1 for a cost; weights in recipes are never negative.
     """
 
     needs_references: ClassVar[bool] = False
+    needs_answers: ClassVar[bool] = False
     needs_fit: ClassVar[bool] = False
     needs_images: ClassVar[bool] = False
     sign: int = 1
@@ -68,6 +70,15 @@ def register(name: str) -> Callable[[T], T]:
         return cls
 
     return add
+
+
+def terms_without(references: bool = False, answers: bool = False) -> list[str]:
+    """Names of the terms that can be used on rows without references, without answers, or without both."""
+    return sorted(
+        name
+        for name, term in TERMS.items()
+        if not (references and term.needs_references) and not (answers and term.needs_answers)
+    )
 
 
 def build_term(kind: str, **options: Any) -> Term:
@@ -201,6 +212,7 @@ class ChrfTerm(_AgainstReferences):
 class _AgainstAnswers(Term):
     """A plain function of an answer and what people answered. Raises UserError for a row without answers."""
 
+    needs_answers = True
     metric: ClassVar[Callable[[str, Sequence[str]], float]]
 
     def __call__(

@@ -1,5 +1,6 @@
 """The jobs behind the commands: `training` and `inspecting` of policies, `reward_training` and `reward_inspecting`."""
 
+from mmft.run.checking import check_data
 from mmft.run.inspecting import evaluate, generate, preview
 from mmft.run.publishing import merge, push
 from mmft.run.replaying import replay_batch
@@ -9,6 +10,7 @@ from mmft.run.training import Job, prepare, train
 
 __all__ = [
     "Job",
+    "check_data",
     "evaluate",
     "evaluate_reward",
     "generate",

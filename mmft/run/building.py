@@ -10,10 +10,10 @@ from typing import Any
 from rich.console import Console
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
-from mmft.config import Recipe, dump_recipe
+from mmft.config import DataConfig, Recipe, dump_recipe
 from mmft.data.imagefolder import ImageFolder
 from mmft.data.metadata import BadRow
-from mmft.data.sources import Source, open_cursor, open_source, open_training
+from mmft.data.sources import Source, first_rows, open_cursor, open_source, open_training
 from mmft.data.table import TableRows, TableStream
 from mmft.models.policy import Policy
 from mmft.models.prompts import PromptBuilder
@@ -23,6 +23,7 @@ from mmft.report.folder import RunFolder, write_atomic
 from mmft.report.progress import ProgressReporter
 from mmft.report.trackers import Tracker, check_trackers
 from mmft.rewards.combine import RewardFunction, build_reward
+from mmft.rewards.terms import terms_without
 from mmft.run.captioning import PeriodicEvaluation
 from mmft.run.checkpointing import Checkpoints, save
 from mmft.run.device import device_of
@@ -31,7 +32,7 @@ from mmft.run.processes import Processes
 from mmft.train.experience import Rollout
 from mmft.train.ppo import VisionPPOTrainer
 from mmft.train.ppo_config import VisionPPOConfig
-from mmft.types import Row, UserError
+from mmft.types import Needs, Row, UserError
 
 FIT_ROWS = 4000  # training rows whose references a reward's statistics come from
 _SUSPICIOUS = 4  # a prompt whose bytes fill a fourth of the model's context is measured in tokens
@@ -54,10 +55,34 @@ def prepare(recipe: Recipe) -> Job:
     _refuse_what_cannot_be(recipe)
     processes = Processes(cpu=device_of(recipe) == "cpu")
     reward = build_reward(recipe.reward, device_of(recipe))
-    source = open_training(recipe.data, reward.references_for)
-    heldout = open_source(recipe.data, recipe.eval.split, recipe.eval.samples, reward.references_for)
+    try:
+        source = open_training(recipe.data, reward.needs)
+        heldout = open_source(recipe.data, recipe.eval.split, recipe.eval.samples, reward.needs)
+        first_rows(source, 1)  # that there is one; a stream does not say so before it is read
+    except UserError as error:
+        raise UserError(_what_the_data_lacks(recipe.data, reward.needs) or str(error)) from error
     reward.fit(source.rows_without_pictures(FIT_ROWS))
     return Job(recipe, source, heldout, reward, processes)
+
+
+def _what_the_data_lacks(data: DataConfig, needs: Needs) -> str | None:
+    """What to say where no row at all has what the reward needs; None where that is not what is wrong."""
+    try:
+        texts = list(open_training(data).rows_without_pictures(FIT_ROWS))
+    except UserError:
+        return None
+    referred, answered = any(row.references for row in texts), any(row.answer is not None for row in texts)
+    usable = ", ".join(terms_without(references=not referred, answers=not answered))
+    for who, what, column, there in (
+        (needs.references, "references", "references", referred),
+        (needs.answers, "answers", "answer", answered),
+    ):
+        if who and texts and not there:
+            return (
+                f"{who} needs {what}, and no row of {data.type} data has any; name their column in "
+                f"data.columns.{column}, or use only terms that do without: {usable}"
+            )
+    return None
 
 
 def _refuse_what_cannot_be(recipe: Recipe) -> None:

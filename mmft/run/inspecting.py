@@ -12,7 +12,7 @@ from rich.console import Console
 from mmft.config import DataConfig, Recipe, load_recipe
 from mmft.data.pictures import UNREADABLE, load_picture
 from mmft.data.preview import contact_sheet
-from mmft.data.sources import open_source
+from mmft.data.sources import guess_type, open_source
 from mmft.eval.evaluator import evaluate_captions, evaluation_record
 from mmft.models.policy import Policy, load_adapter, load_pretrained
 from mmft.report.console import say
@@ -73,7 +73,7 @@ def _target(target: str, data: str | None, overrides: Sequence[str]) -> tuple[Ru
     """A run folder with its own recipe, or a model under the default recipe."""
     where: list[str] = []
     if data is not None:
-        where = ["data.type=scenes"] if data == "scenes" else ["data.type=imagefolder", f"data.path={data}"]
+        where = ["data.type=scenes"] if data == "scenes" else [f"data.type={guess_type(data)}", f"data.path={data}"]
     if (Path(target) / "recipe.yaml").is_file():
         run = RunFolder(target)
         if (run / "config.json").is_file():  # a merged model that was pulled, with the recipe that made it

@@ -17,17 +17,19 @@ from rich.console import Console
 from transformers import set_seed
 
 from mmft.config import Recipe, dump_recipe
+from mmft.data.card import data_card
 from mmft.data.sources import first_rows
 from mmft.eval.evaluator import evaluate_captions, evaluation_record
 from mmft.hub import Hub
 from mmft.models.policy import Policy, load_policy
 from mmft.report.console import say
-from mmft.report.folder import BAD_ROWS, BEFORE, RECIPE, RunFolder, read_json, read_lines
+from mmft.report.folder import BAD_ROWS, BEFORE, DATA_CARD, RECIPE, RunFolder, read_json, read_lines
 from mmft.report.html import write_report
 from mmft.report.progress import ProgressReporter
 from mmft.report.samples import write_eval_samples
 from mmft.report.table import print_evaluation
 from mmft.report.trackers import open_trackers
+from mmft.rewards.terms import TERMS, terms_without
 from mmft.run.building import Job, build_trainer, eval_rows, guard_metric, prepare
 from mmft.run.captioning import caption_rows
 from mmft.run.checkpointing import Checkpoints, save
@@ -69,6 +71,8 @@ def train(recipe: Recipe, resume: str | None = None, force: bool = False) -> Pat
         say(console, f"-> {run.path}", recipe.name)
         if processes.is_main:
             run.write_recipe(dump_recipe(recipe))
+            if resumed.new:
+                _show_data(job, run, console)
         try:
             return _train_in(run, resumed, job, console)
         except (Stopped, KeyboardInterrupt):
@@ -142,6 +146,17 @@ def _publish(run: RunFolder) -> None:
     except UserError as error:
         again = f"the run is whole; to push it again: mmft push {run.path}"
         raise UserError(f"hub.repo: {error}. Trained, saved and evaluated: {again}") from error
+
+
+def _show_data(job: Job, run: RunFolder, console: Console) -> None:
+    """The data card: on the screen, and in the run folder."""
+    card = data_card(job.train, job.heldout)
+    run.write_text(DATA_CARD, json.dumps(card.as_dict(), indent=2, ensure_ascii=False) + "\n")
+    for number, line in enumerate(card.lines()):
+        say(console, line, "" if number else "data")
+    if card.without_references == card.looked_at:
+        usable = terms_without(references=True)
+        say(console, f"without references these terms are impossible: {', '.join(sorted(set(TERMS) - set(usable)))}")
 
 
 def _captions_before(
