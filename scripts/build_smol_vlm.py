@@ -76,7 +76,10 @@ def language_model() -> tuple[LlamaForCausalLM, Any]:
     (file,) = folder.glob("*.gguf")
     loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file.name)
-    model = LlamaForCausalLM(loaded.config)  # what was read from a GGUF file cannot be saved as it is
+    config = loaded.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # the weights are whole again: a trainer would refuse quantised ones
+    model = LlamaForCausalLM(config)  # what was read from a GGUF file cannot be saved as it is
     model.load_state_dict(loaded.state_dict())
     return model, tokenizer
 

@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 from transformers import AutoModel
+from transformers.modeling_outputs import BaseModelOutput
 
+from mmft.models.encode_once import without_dropped
 from mmft.models.lite_tower import WIDTH, EfficientNetLiteConfig, EfficientNetLiteModel, SameConv
 
 
@@ -37,6 +39,15 @@ def test_tokens_are_cells_of_the_picture(tmp_path: Path) -> None:
     assert isinstance(again, EfficientNetLiteModel) and again.config.image_size == 128
     with torch.no_grad():
         assert torch.equal(again.eval()(pictures).last_hidden_state, tokens)
+
+
+def test_features_written_on_an_output_without_that_field_are_kept() -> None:
+    """transformers' models set `pooler_output` on whatever a tower returns."""
+    output = BaseModelOutput(last_hidden_state=torch.ones(1, 2, 3))
+    output.pooler_output = [torch.zeros(2, 3)]  # type: ignore[attr-defined]
+    kept = without_dropped(output)
+    assert list(kept) == ["pooler_output"] and torch.equal(kept.pooler_output[0], torch.zeros(2, 3))
+    assert without_dropped(kept).pooler_output is kept.pooler_output
 
 
 def test_training_mode_changes_nothing() -> None:

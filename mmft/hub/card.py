@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from mmft import __version__
 
@@ -17,7 +17,8 @@ class CardFacts:
     kind: adapter, model or reward. base: the base model's id on the hub, None where it has none there; base_name: how
     people call it. licence: of the base model, None where it is not known. data: in words; dataset: its id on the hub.
     learned: lines "how: value" of training. reward: (term, weight). table: (metric, before, after, change, verdict);
-    scores: name -> mean after training. merged: whether an adapter was folded in.
+    scores: name -> mean after training. recipe: whether it goes along. needs_mmft: whether the base has a part that
+    transformers learns of from mmft.
     """
 
     repo: str
@@ -51,6 +52,15 @@ def model_card(facts: CardFacts) -> str:
         f"Made with mmft {__version__}.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def licence_in(card: str) -> str | None:
+    """The licence that a card's front matter names."""
+    try:
+        found = ModelCard(card, ignore_metadata_errors=True).data.get("license")
+    except ValueError:
+        return None
+    return found if isinstance(found, str) else None
 
 
 def _front_matter(facts: CardFacts) -> str:

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from mmft.models.prompts import Prompt, cat_padded, stack_pictures
 
@@ -259,10 +260,16 @@ def _alike(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 
 def without_dropped(output: Any) -> Any:
-    """The output with what the language model reads alone."""
-    if getattr(output, "pooler_output", None) is None:
+    """The output with what the language model reads alone.
+
+    A model writes its features as `pooler_output` even on a tower's output that has no such field; it is one then.
+    """
+    pooled = getattr(output, "pooler_output", None)
+    if pooled is None:
         return output
-    return type(output)(**{name: value for name, value in output.items() if name not in _DROPPED})
+    kind = type(output) if "pooler_output" in output else BaseModelOutputWithPooling
+    kept = {name: value for name, value in output.items() if name not in _DROPPED}
+    return kind(**{**kept, "pooler_output": pooled})
 
 
 def split_output(output: Any, rows: int) -> list[Any] | None:

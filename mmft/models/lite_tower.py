@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 STEM, HEAD = 32, 1280
 STAGES = (  # blocks, kernel, stride, expansion, channels
@@ -87,7 +87,7 @@ class EfficientNetLiteModel(PreTrainedModel):
         self.head = SameConv(into, HEAD, 1)
         self.post_init()
 
-    def forward(self, pixel_values: Tensor, **_: Any) -> BaseModelOutput:
+    def forward(self, pixel_values: Tensor, **_: Any) -> BaseModelOutputWithPooling:
         cells = pixel_values.shape[-1] // self.config.patch_size
         x, kept = F.relu6(self.stem(pixel_values)), []
         for i, stage in enumerate(self.stages):
@@ -96,7 +96,7 @@ class EfficientNetLiteModel(PreTrainedModel):
                 kept.append(x)
         maps = [*kept, F.relu6(self.head(x))]
         tokens = torch.cat([F.adaptive_avg_pool2d(m, cells) for m in maps], 1).flatten(2).transpose(1, 2)
-        return BaseModelOutput(last_hidden_state=tokens, hidden_states=(tokens,))
+        return BaseModelOutputWithPooling(last_hidden_state=tokens, hidden_states=(tokens,))
 
 
 AutoConfig.register("efficientnet_lite", EfficientNetLiteConfig, exist_ok=True)

@@ -21,9 +21,15 @@ TRIPWIRE = "tripwire.json"
 
 
 def policy_facts(
-    folder: Path, recipe: Recipe, repo: str, kind: str, base: str | None, licence: str | None
+    folder: Path,
+    recipe: Recipe,
+    repo: str,
+    kind: str,
+    base: str | None,
+    licence: str | None,
+    needs_own: bool,
 ) -> CardFacts:
-    """Of a run folder. base: the base model's hub id, None where it is not on a hub."""
+    """Of a run folder. base: the base model's hub id, None where it is not on a hub. needs_own: see `needs_mmft`."""
     record = read_json(folder / EVAL) or {}
     last = RunFolder(folder).last_step()
     rows = comparisons(record, last) if record.get("after") else []
@@ -44,13 +50,16 @@ def policy_facts(
         scores={name: s["mean"] for name, s in after.items() if s and _is_number(s.get("mean"))},
         limits=_limits(recipe, record, read_json(folder / TRIPWIRE)),
         recipe=True,
-        needs_mmft=_needs_mmft(recipe),
+        needs_mmft=needs_own,
     )
 
 
-def _needs_mmft(recipe: Recipe) -> bool:
-    """Whether the base has a part that transformers learns of from mmft alone."""
-    config = AutoConfig.from_pretrained(recipe.model.resolved_path(), trust_remote_code=recipe.model.trust_remote_code)
+def needs_mmft(path: str) -> bool:
+    """Whether a checkpoint has a part that transformers learns of from mmft alone."""
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError):  # code of its own, then, and not ours
+        return False
     parts = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", {}))]
     return any(type(part).__module__.startswith("mmft.") for part in parts)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,17 +15,18 @@ from rich.console import Console
 from torch import Tensor
 
 from mmft.config import BUILTIN_PREFIX, HubConfig, ModelConfig, Recipe, RewardRecipe, load_recipe, load_reward_recipe
-from mmft.hub import KINDS, CardFacts, Hub, Kind, Pushed, is_local, kind_of, model_card, stage
+from mmft.hub import KINDS, CardFacts, Hub, Kind, Pushed, is_local, kind_of, licence_in, model_card, stage
 from mmft.models.merging import AGREEMENT, difference, load_plain, logits_of, merged, save_plain
 from mmft.models.policy import Policy, load_adapter, load_pretrained
 from mmft.models.reward import load_reward_model
 from mmft.report.console import say
 from mmft.report.folder import ADAPTER, EVAL, RECIPE
-from mmft.run.describing import policy_facts, reward_facts
+from mmft.run.describing import needs_mmft, policy_facts, reward_facts
 from mmft.run.device import quiet_loading
 from mmft.types import Row, UserError
 
 _PROBE_SIDE = 224
+_OTHER = "mmft_other"  # an adapter beside the first one
 
 
 @dataclass(frozen=True)
@@ -72,18 +74,19 @@ def push(
         if as_merged or (target.kind.name == "model" and target.folder != target.weights):
             _merge(target, aside / "merged", torch.float32, console)
             target = Target(KINDS["model"], aside / "merged", target.folder, target.recipe, None)
+        answers_of = _Witness(target)
         with console.status(f"loading {path}"):
-            answers = _answers(target, target.weights)
+            answers = answers_of(target.weights)
         found = base or _base_on_hub(target)
-        facts = _facts(target, repo, found, hub.licence(found) if found else None)
+        facts = _facts(target, repo, found, _licence(target, found, hub))
         staged = stage(target.weights, target.kind, aside / "staged", model_card(facts), _record(target), found)
         with console.status("comparing what will be pushed with the original"):
-            _demand_same(answers, _answers(target, staged), "what would be pushed")
+            _demand_same(answers, answers_of(staged), "what would be pushed")
         why = message or f"Upload {target.kind.name} with mmft"
         pushed = hub.push(staged, repo, private, why, lambda line: say(console, line))
         hub.pull(repo, aside / "pulled", pushed.revision)
         with console.status("comparing what is on the hub with the original"):
-            _demand_same(answers, _answers(target, aside / "pulled"), f"what {repo} holds")
+            _demand_same(answers, answers_of(aside / "pulled"), f"what {repo} holds")
     say(
         console, f"pushed {', '.join(pushed.files)}\n{pushed.url} answers as {path} does (commit {pushed.revision[:8]})"
     )
@@ -139,12 +142,24 @@ def _base_on_hub(target: Target) -> str | None:
     return None if not path or path.startswith(BUILTIN_PREFIX) or is_local(path) else path
 
 
+def _licence(target: Target, base: str | None, hub: Hub) -> str | None:
+    """The base's licence, as its card says on the hub or in its folder."""
+    if base is not None:
+        return hub.licence(base)
+    path = target.recipe.model.path if isinstance(target.recipe, Recipe) else ""
+    if path.startswith(BUILTIN_PREFIX):
+        return "apache-2.0"  # what is bundled is under mmft's own
+    card = Path(path) / "README.md"
+    return licence_in(card.read_text(encoding="utf-8", errors="replace")) if path and card.is_file() else None
+
+
 def _facts(target: Target, repo: str, base: str | None, licence: str | None) -> CardFacts:
     if target.kind.name == "reward":
         recipe = target.recipe if isinstance(target.recipe, RewardRecipe) else None
         return reward_facts(target.folder, recipe, repo)
     if isinstance(target.recipe, Recipe):
-        return policy_facts(target.folder, target.recipe, repo, target.kind.name, base, licence)
+        config = target.model.resolved_path() if target.model is not None else str(target.weights)
+        return policy_facts(target.folder, target.recipe, repo, target.kind.name, base, licence, needs_mmft(config))
     return CardFacts(repo, target.kind.name, base, base or "", licence)
 
 
@@ -154,16 +169,38 @@ def _record(target: Target) -> dict[str, str]:
     return {name: file.read_text(encoding="utf-8") for name, file in found.items() if file.is_file()}
 
 
-def _answers(target: Target, folder: Path) -> Tensor:
-    """What shows that two folders hold the same: a model's logits, or a reward model's weights in a row."""
-    if target.kind.name == "reward":
-        model = load_reward_model(str(folder))
-        tensors = [*model.state_dict().values(), *(t for tower in model.towers for t in tower.state_dict().values())]
-        return torch.cat([tensor.flatten().float() for tensor in tensors])
-    if target.kind.name == "adapter":
-        assert target.model is not None
-        return logits_of(load_adapter(target.model, folder, torch.float32), _probe(target))
-    return logits_of(Policy(*load_pretrained(ModelConfig(path=str(folder.resolve())), torch.float32)), _probe(target))
+class _Witness:
+    """What shows that folders hold the same: a model's logits, or a reward model's weights in a row.
+
+    Weights have their checkpoint's own type. The base of adapters is loaded once.
+    """
+
+    def __init__(self, target: Target):
+        self.target = target
+        self._policy: Policy | None = None
+
+    def __call__(self, folder: Path) -> Tensor:
+        if self.target.kind.name == "reward":
+            model = load_reward_model(str(folder))
+            towers = (tensor for tower in model.towers for tensor in tower.state_dict().values())
+            return torch.cat([tensor.flatten().float() for tensor in (*model.state_dict().values(), *towers)])
+        if self.target.kind.name == "adapter":
+            return self._of_adapter(folder)
+        return logits_of(Policy(*load_pretrained(ModelConfig(path=str(folder.resolve())))), _probe(self.target))
+
+    def _of_adapter(self, folder: Path) -> Tensor:
+        assert self.target.model is not None
+        if self._policy is None:
+            self._policy = load_adapter(self.target.model, folder)
+            return logits_of(self._policy, _probe(self.target))
+        model = self._policy.model
+        model.load_adapter(str(folder), adapter_name=_OTHER)
+        try:
+            model.set_adapter(_OTHER)
+            return logits_of(self._policy, _probe(self.target))
+        finally:
+            model.set_adapter("default")
+            model.delete_adapter(_OTHER)
 
 
 def _demand_same(original: Tensor, other: Tensor, what: str) -> None:
@@ -185,6 +222,7 @@ def _merge(target: Target, out: Path, dtype: torch.dtype, console: Console) -> f
         del policy
         worst = difference(answers, logits_of(load_plain(out, processor, torch.float32), _probe(target)))
     if dtype == torch.float32 and worst > AGREEMENT:
+        shutil.rmtree(out)
         raise RuntimeError(f"{out}: the merged model's logits are off by {worst:.3g}")
     return worst
 
