@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-COLLECTED_FLOOR = 2200  # raise it as the suite grows: a suite that shrinks by accident must fail
+COLLECTED_FLOOR = 2290  # raise it as the suite grows: a suite that shrinks by accident must fail
 
 
 @pytest.fixture(autouse=True)

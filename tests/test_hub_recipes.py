@@ -16,6 +16,7 @@ from datasets import Dataset, Features, Image, List, Value  # noqa: E402
 from PIL import Image as Picture  # noqa: E402
 
 from mmft import run  # noqa: E402
+from mmft.cli import main  # noqa: E402
 from mmft.config import find_recipes, load_recipe  # noqa: E402
 
 FAMILIES = {
@@ -73,7 +74,10 @@ def test_every_recipe_of_a_hub_model_is_tried_here() -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_recipe_trains_a_tiny_checkpoint_of_its_family(name: str, tmp_path: Path) -> None:
+def test_the_recipe_trains_a_tiny_checkpoint_of_its_family(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mmft.cli._quiet_libraries", lambda: None)  # it sets process-wide filters
     family = FAMILIES[name]
     if reason := zoo.missing(family):
         pytest.skip(reason)
@@ -81,12 +85,14 @@ def test_the_recipe_trains_a_tiny_checkpoint_of_its_family(name: str, tmp_path: 
     recipe = load_recipe(name)
     vqa_rad(data) if recipe.data.path.endswith("vqa-rad") else flickr30k(data)
     where = [f"model.path={model}", f"data.path={data}", f"logging.dir={tmp_path / 'runs'}", "train.precision=fp32"]
+    assert main(["plan", name, "--no-probe", "--memory", "64GB", *SHORT, *where]) == 0
     done = run.train(load_recipe(name, [*SHORT, *where]))
     assert (done / "adapter" / "adapter_model.safetensors").is_file()
     found = (done / "samples.jsonl").read_text(encoding="utf-8")
     assert recipe.reward.terms[0].label in found
 
 
+@pytest.mark.slow
 def test_those_that_need_torchvision_in_a_process_of_their_own() -> None:
     """In a whole suite transformers is there before torchvision is, and the tests above skip these families."""
     if torchvision_shim.reason() != torchvision_shim.TOO_LATE:

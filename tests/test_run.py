@@ -114,6 +114,7 @@ def test_the_same_seed_leaves_the_same_bytes(finished: Path, tmp_path: Path) -> 
     assert (other / "metrics.jsonl").read_bytes() != (finished / "metrics.jsonl").read_bytes()
 
 
+@pytest.mark.slow  # tests/test_resume.py asks the same of more
 def test_saving_on_the_way_changes_nothing(finished: Path, tmp_path: Path) -> None:
     """Reading an adapter back draws random numbers inside PEFT; the run must not feel it."""
     saved = run.train(recipe(tmp_path, "train.save_every=1", "train.keep=1", "eval.every=1"))
@@ -288,7 +289,7 @@ ERRORS = {
     case_missing_picture: ("1.png", "metadata.jsonl", "row 2"),
     case_torn_picture: ("1.png",),
     case_no_folder: ("nowhere",),
-    case_no_references: ("reward term 'bleu' needs references", ".png"),
+    case_no_references: ("reward term 'bleu' needs references", "terms that do without: bad_ending"),
     case_batch: ("train.samples_per_prompt", "4 does not divide train.batch 10"),
     case_typo: ("train.stepz", "did you mean steps?"),
     case_unwritable: ("file", "cannot write"),

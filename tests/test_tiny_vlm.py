@@ -36,6 +36,7 @@ def mean(captions: list[str], rows: list, name: str) -> float:
     return float(np.nanmean([score_caption(text, row.scene)[name] for text, row in zip(captions, rows, strict=True)]))
 
 
+@pytest.mark.slow  # of a file that does not change
 def test_it_sees_and_leaves_objects_out(policy: Policy, rows: list) -> None:
     captions, finished = caption(policy, rows, max_new_tokens=32)
     assert mean(captions, rows, "object_precision") >= 0.80
