@@ -18,7 +18,7 @@ class CardFacts:
     people call it. licence: of the base model, None where it is not known. data: in words; dataset: its id on the hub.
     learned: lines "how: value" of training. reward: (term, weight). table: (metric, before, after, change, verdict);
     scores: name -> mean after training. recipe: whether it goes along. needs_mmft: whether the base has a part that
-    transformers learns of from mmft.
+    transformers learns of from mmft. bundled: whether mmft brings the base.
     """
 
     repo: str
@@ -36,6 +36,7 @@ class CardFacts:
     limits: Sequence[str] = ()
     recipe: bool = False
     needs_mmft: bool = False
+    bundled: bool = False
 
 
 def model_card(facts: CardFacts) -> str:
@@ -115,7 +116,9 @@ def _loading(facts: CardFacts) -> str:
         )
     where = "" if facts.base or facts.kind == "model" else f"\n\nThe base, {facts.base_name}, is not on the hub."
     folder = facts.repo.rpartition("/")[2]
-    return f"## Use\n\n```python\n{code}\n```{where}\n\nOr `{pull}`, then `mmft generate {folder} picture.png`."
+    return f"## Use\n\n```python\n{code}\n```{where}\n\nOr `{pull}`, then `mmft generate {folder} picture.png`" + (
+        "." if facts.base or facts.bundled or facts.kind == "model" else ", with the base's place in `recipe.yaml`."
+    )
 
 
 def _results(facts: CardFacts) -> str:

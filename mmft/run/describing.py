@@ -51,6 +51,7 @@ def policy_facts(
         limits=_limits(recipe, record, read_json(folder / TRIPWIRE)),
         recipe=True,
         needs_mmft=needs_own,
+        bundled=recipe.model.path.startswith(BUILTIN_PREFIX),
     )
 
 
@@ -93,7 +94,7 @@ def _base_name(path: str, base: str | None) -> str:
         return base
     if path.startswith(BUILTIN_PREFIX):
         return f"{path.removeprefix(BUILTIN_PREFIX)} (bundled with mmft)"
-    return f"a local model ({Path(path).name})"
+    return f"a model of its own called {Path(path).name}"
 
 
 def _data_words(data: Any) -> str:
