@@ -30,8 +30,9 @@ torchvision:
 models:
 	$(PYTHON) scripts/model_table.py
 
+# A file's tests stay together, in one of two processes with one thread each.
 test:
-	$(PYTHON) -m pytest -q
+	$(PYTHON) -m pytest -q -n 2 --dist loadfile
 
 test-slow:
 	$(PYTHON) -m pytest -q -m slow
