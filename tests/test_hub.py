@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ from transformers import AutoModelForImageTextToText
 from mmft import run
 from mmft.cli import main
 from mmft.config import ModelConfig, load_recipe, resolve
-from mmft.hub import CardFacts, Hub, is_local, kind_of, model_card
+from mmft.hub import CardFacts, Hub, is_local, kind_of, model_card, stage
 from mmft.hub.client import size_of
 from mmft.hub.contents import KINDS, published
 from mmft.hub.scrub import check_clean, without_paths
@@ -237,6 +238,22 @@ def test_push_of_a_reward_model(hub: LoopbackHub, tmp_path: Path) -> None:
     out = pull("ada/reward", tmp_path / "reward")
     scored = [next(iter(run.score_captions(str(path), "scenes", 1))) for path in (folder, out)]
     assert scored[0] == scored[1]
+
+
+def test_what_is_staged_leaves_its_source_as_it_was(tmp_path: Path) -> None:
+    source = shutil.copytree(resolve("builtin:caption-reward"), tmp_path / "source")
+    before = {path: path.read_bytes() for path in source.rglob("*") if path.is_file()}
+    text = (source / "recipe.yaml").read_text().replace("builtin:tiny-vlm", "/data/ada/tower")
+    staged = stage(source, KINDS["reward"], tmp_path / "staged", "card", {"recipe.yaml": text})
+    assert "vision: tower" in (staged / "recipe.yaml").read_text()
+    assert {path: path.read_bytes() for path in source.rglob("*") if path.is_file()} == before
+
+
+def test_a_push_takes_the_place_of_one_of_another_kind(hub: LoopbackHub, finished: Path, tmp_path: Path) -> None:
+    run.push(str(finished), REPO, as_merged=True)
+    hub.repos[REPO].commit({**hub.repos[REPO].head[1], "notes.txt": b"mine"})
+    files = run.push(str(finished), REPO).files
+    assert set(hub.repos[REPO].head[1]) == {*files, "notes.txt"}
 
 
 def test_push_merged(hub: LoopbackHub, finished: Path, tmp_path: Path, row: Row) -> None:

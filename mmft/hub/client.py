@@ -89,8 +89,9 @@ class Hub:
                     self.api.preupload_lfs_files(repo, [addition], free_memory=False)
                     went.append(addition.path_in_repo)
                     tell(f"uploaded {addition.path_in_repo} ({size_of(addition.upload_info.size)})")
-            old = [s.rfilename for s in there.siblings or () if s.rfilename.endswith(_WEIGHTS)]
-            stale = [CommitOperationDelete(name) for name in old if name not in names]
+            old = [sibling.rfilename for sibling in there.siblings or ()]
+            ours = {name for kind in KINDS.values() for name in published(kind, old)}
+            stale = [CommitOperationDelete(name) for name in sorted(ours - set(names))]  # of an earlier push
             commit = self.api.create_commit(
                 repo, [*additions, *stale], commit_message=message, parent_commit=there.sha or None
             )

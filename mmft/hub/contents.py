@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fnmatch
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -77,7 +76,7 @@ def stage(source: Path, kind: Kind, out: Path, card: str, record: Mapping[str, s
     """
     out.mkdir(parents=True)
     here = [path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file()]
-    for name in published(kind, here):
+    for name in published(kind, [name for name in here if name not in record]):
         target = out / name
         target.parent.mkdir(parents=True, exist_ok=True)
         if name.endswith(".json") and target.name in ("adapter_config.json", "config.json", "tokenizer_config.json"):
@@ -86,20 +85,12 @@ def stage(source: Path, kind: Kind, out: Path, card: str, record: Mapping[str, s
                 content["base_model_name_or_path"] = base
             target.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         else:
-            _copy(source / name, target)
+            shutil.copyfile(source / name, target)
     for name, text in record.items():
         (out / name).write_text(_clean_recipe(text, base) if name == "recipe.yaml" else text, encoding="utf-8")
     (out / "README.md").write_text(card, encoding="utf-8")
     check_clean(out, (str(source.resolve()), str(source.resolve().parent)))
     return out
-
-
-def _copy(source: Path, target: Path) -> None:
-    """A second name for the file where the disk allows it: weights may be large."""
-    try:
-        os.link(source.resolve(), target)
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 def _clean_recipe(text: str, base: str | None) -> str:

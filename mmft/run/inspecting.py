@@ -76,7 +76,9 @@ def _target(target: str, data: str | None, overrides: Sequence[str]) -> tuple[Ru
         where = ["data.type=scenes"] if data == "scenes" else [f"data.type={guess_type(data)}", f"data.path={data}"]
     if (Path(target) / "recipe.yaml").is_file():
         run = RunFolder(target)
-        if (run / "config.json").is_file():  # a merged model that was pulled, with the recipe that made it
+        if (run / "config.json").is_file() and not (
+            run / "adapter_config.json"
+        ).is_file():  # a merged model that was pulled, with the recipe that made it
             return None, load_recipe(run / "recipe.yaml", [f"model.path={run.path.resolve()}", *where, *overrides])
         return run, load_recipe(run / "recipe.yaml", [*where, *overrides])
     return None, load_recipe("caption_ppo", [f"model.path={target}", *where, *overrides])
